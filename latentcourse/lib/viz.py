@@ -178,7 +178,7 @@ def show_grid(
     return ax
 
 # %% ../../nbs/lib/viz.ipynb #c031
-def _band(y, band):
+def _band(y, band, of='runs'):
     "Low and high edge of `r n` runs, and how to name it."
     r = len(y)
     if isinstance(band, str) and band not in ('se', 'quantile'): raise ValueError(f"band is {band!r}: expected 'se', 'quantile', or a tensor `2 n` of edges")
@@ -187,9 +187,9 @@ def _band(y, band):
         if edges.shape != (2, y.shape[1]): raise ValueError(f'band has shape {edges.shape}: expected (2, {y.shape[1]}), its lower and upper edge')
         return edges[0], edges[1], ''
     if r < 2: raise ValueError(f'band={band!r} needs at least two runs `r n`: got one')
-    if band == 'quantile': return *np.quantile(y, [.1, .9], axis=0), f' (mean, 10–90 % of {r} runs)'
+    if band == 'quantile': return *np.quantile(y, [.1, .9], axis=0), f' (mean, 10–90 % of {r} {of})'
     se = y.std(0, ddof=1) / math.sqrt(r)
-    return y.mean(0) - se, y.mean(0) + se, f' (mean ± 1 s.e. of {r} runs)'
+    return y.mean(0) - se, y.mean(0) + se, f' (mean ± 1 s.e. of {r} {of})'
 
 # %% ../../nbs/lib/viz.ipynb #c032
 def _series(y, x, key):
@@ -212,6 +212,7 @@ def show_curve(
     ylabel:str='loss',   # with its unit
     log:bool=False,      # logarithmic vertical axis
     key:str='loss',      # which field of the records to draw
+    of:str='runs',       # what the rows of `r n` are, for the legend
     ax=None,             # axes to draw into
 ):                       # the axes
     "Draw a series, or the mean of several with a band."
@@ -221,7 +222,7 @@ def show_curve(
     if band is None and len(y) > 1: band = 'se'
     ax, c, note, mean = _axes(ax), colour_of(concept), '', y.mean(0)
     if band is not None:
-        lo, hi, note = _band(y, band)
+        lo, hi, note = _band(y, band, of)
         ax.fill_between(x, lo, hi, color=c, alpha=.22, lw=0)
     if smooth > 1:
         ax.plot(x, mean, color=c, alpha=.3, lw=1)
@@ -232,7 +233,7 @@ def show_curve(
     if label: ax.legend()
     return ax
 
-# %% ../../nbs/lib/viz.ipynb #c039
+# %% ../../nbs/lib/viz.ipynb #c038
 def show_spectrum(
     freq,                # `k` frequencies in cycles per pixel, above 0
     power,               # `k` power, or `b k` one row per image: mean with a 10-90 % band
@@ -245,14 +246,15 @@ def show_spectrum(
     if (freq <= 0).any(): raise ValueError('freq has values at or below 0: a logarithmic axis needs positive frequencies; drop the mean, freq[1:]')
     if (power < 0).any(): raise ValueError('power has negative values: expected squared magnitudes')
     power = np.maximum(power, 1e-12 * max(power.max(), 1e-30))          # keeps empty bands on the page
-    ax = show_curve(power, freq, 'quantile' if len(power) > 1 else None, label, concept, 1, 'spatial frequency (cycles per pixel)', 'power', True, 'loss', ax)
-    ax.set_xscale('log')
+    ax = show_curve(power, freq, 'quantile' if len(power) > 1 else None, label, concept, 1, 'spatial frequency (cycles per pixel)', 'power', True, 'loss', 'images', ax)
+    ax.set_xscale('log', base=2)
+    ax.xaxis.set_major_formatter(lambda f, _: f'1/{1 / f:.0f}' if f < 1 else f'{f:.0f}')
     return ax
 
-# %% ../../nbs/lib/viz.ipynb #c042
+# %% ../../nbs/lib/viz.ipynb #c041
 _MARKS = 'osD^vP*X<>p'
 
-# %% ../../nbs/lib/viz.ipynb #c043
+# %% ../../nbs/lib/viz.ipynb #c042
 def show_scatter(
     x,                   # `n 2` points
     y=None,              # `n` whole-number classes, coloured and marked apart
@@ -281,7 +283,7 @@ def show_scatter(
     if names != [None]: ax.legend(markerscale=max(1, (30 / size)**.5))
     return ax
 
-# %% ../../nbs/lib/viz.ipynb #c046
+# %% ../../nbs/lib/viz.ipynb #c045
 def show_bars(
     values,              # `n` lengths
     names:list,          # a name per bar
@@ -306,7 +308,7 @@ def show_bars(
     ax.set_yticks(range(n), names); ax.invert_yaxis(); ax.margins(x=.12); ax.grid(axis='y', visible=False); ax.set(xlabel=xlabel)
     return ax
 
-# %% ../../nbs/lib/viz.ipynb #c049
+# %% ../../nbs/lib/viz.ipynb #c048
 def show_reliability(
     confidence,          # `n` probability the classifier gave its answer
     correct,             # `n` whether the answer was right
