@@ -7,9 +7,8 @@ __all__ = ['CourseNotFound', 'UnknownName', 'course_root', 'chapters', 'answers_
            'what_went_wrong', 'execute', 'relink', 'readme_of', 'write_readme']
 
 # %% ../../nbs/lib/pages.ipynb #c002
-import json, os, re, threading, time
+import os, re, threading, time
 from pathlib import Path
-import nbformat
 
 # %% ../../nbs/lib/pages.ipynb #c004
 class CourseNotFound(FileNotFoundError): "No folder of course notebooks where one was expected."
@@ -120,8 +119,10 @@ def execute(
     out:Path,             # where the executed copy goes
     timeout:float=600,    # seconds a cell may take
     on_cell=None,         # callable `(cells run, cells in all)`, for a progress bar
+    env:dict|None=None,   # environment variables for the kernel, besides our own
 )->dict:                  # name, seconds, peak_mb, cells, copy, error: None or {cell, source, message}
     "Run a notebook in a fresh kernel, keep the executed copy, and say how it went."
+    import nbformat
     from nbclient.exceptions import CellControlSignal, DeadKernelError
     path, out, began = Path(path), Path(out), time.perf_counter()
     if out.resolve() == path.resolve(): raise ValueError(f'{out} is the source itself; expected another place for the executed copy')
@@ -135,7 +136,7 @@ def execute(
         if on_cell: on_cell(code.index(cell_index) + 1, len(code))
     error, client = None, client_of(nb, path.parent, timeout, {'on_cell_start': start, 'on_cell_executed': end})
     try:
-        with PeakMemory(lambda: getattr(client.km.provisioner, 'pid', None)) as peak: client.execute()
+        with PeakMemory(lambda: getattr(client.km.provisioner, 'pid', None)) as peak: client.execute(env={**os.environ, **(env or {})})
     except (CellControlSignal, DeadKernelError, RuntimeError) as e:
         cell = nb.cells[at[0]]
         error = {'cell': at[0], 'source': cell.source, 'message': what_went_wrong(e, cell, timeout)}
@@ -162,6 +163,7 @@ def readme_of(
     path:Path, # notebook to turn
 )->tuple[str, dict[str, bytes]]: # markdown, and pictures by file name
     "The README that a notebook makes, without writing it."
+    import nbformat
     from nbconvert import MarkdownExporter
     nb = nbformat.read(path, 4)
     nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*(hide|include: *false|default_exp)', c.source, re.M)]
