@@ -143,11 +143,11 @@ def record_study(
     rows = study.record(name)
     typer.echo(json.dumps(rows) if as_json else f'{name}: {len(rows)} points recorded')
 
-# %% ../nbs/cli.ipynb #c019
+# %% ../nbs/cli.ipynb #c020
 MODELS = {'teacher': ('latentcourse.oracle', 'train_oracle', 'TEACHER'),
           'judge':   ('latentcourse.oracle', 'train_oracle', 'JUDGE')}
 
-# %% ../nbs/cli.ipynb #c020
+# %% ../nbs/cli.ipynb #c021
 def config_of(
     name:str,          # a key of `MODELS`
     preset:str|None,   # CPU, GPU, or None for what this machine has
@@ -163,7 +163,7 @@ def config_of(
     if preset not in presets: raise UnknownName(f'{name} has no preset {preset!r}; there are: {", ".join(presets)}')
     return replace(presets[preset], **{k: v for k, v in changes.items() if v is not None}), getattr(module, train_name)
 
-# %% ../nbs/cli.ipynb #c021
+# %% ../nbs/cli.ipynb #c022
 @app.command()
 def train(
     name:str=typer.Argument(..., help='Model to train: ' + ', '.join(MODELS) + '.'),
@@ -181,7 +181,7 @@ def train(
         where = train_model(name, cfg, out=out, resume=resume, progress=True)
         typer.echo(f'{name} trained: {where}')
 
-# %% ../nbs/cli.ipynb #c024
+# %% ../nbs/cli.ipynb #c025
 @app.command(context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
 def lab(
     ctx:typer.Context, # what follows: JupyterLab's own options, such as --port or --no-browser
@@ -192,7 +192,7 @@ def lab(
         import subprocess
         raise typer.Exit(subprocess.call([sys.executable, '-m', 'jupyterlab', *ctx.args], cwd=course_root() / 'nbs'))
 
-# %% ../nbs/cli.ipynb #c026
+# %% ../nbs/cli.ipynb #c027
 OPTIONAL = {'lpips': 'compare the perceptual distance with the published one', 'open_clip_torch': 'compare with published CLIP models',
             'nbdev': 'export notebooks (part of the dev extra)', 'pytest': 'run the tests (part of the dev extra)'}
 
@@ -206,7 +206,7 @@ def requirements():
     except metadata.PackageNotFoundError: return None
     return [re.match(r'[\w.-]+', r)[0] for r in lines if 'extra ==' not in r]
 
-# %% ../nbs/cli.ipynb #c027
+# %% ../nbs/cli.ipynb #c028
 def machine():
     "Processor, memory, disk and device, as torch sees them."
     import shutil
@@ -219,7 +219,7 @@ def machine():
             'memory_gb': round(psutil.virtual_memory().total / 1e9, 1), 'free_memory_gb': round(psutil.virtual_memory().available / 1e9, 1),
             'free_disk_gb': round(shutil.disk_usage('.').free / 1e9, 1)}
 
-# %% ../nbs/cli.ipynb #c028
+# %% ../nbs/cli.ipynb #c029
 def checkpoints():
     "Shipped checkpoints by name: 'whole', or what is wrong with each."
     from latentcourse.lib import checkpoint
@@ -228,7 +228,7 @@ def checkpoints():
         except checkpoint.CheckpointError as e: return e.reason
     return {p.stem: verdict(p) for p in sorted((Path(checkpoint.__file__).parents[1] / 'checkpoints').glob('*.safetensors'))}
 
-# %% ../nbs/cli.ipynb #c029
+# %% ../nbs/cli.ipynb #c030
 @app.command()
 def doctor(
     as_json:bool=typer.Option(False, '--json', help='Print one JSON object and nothing else.'),
@@ -246,7 +246,7 @@ def doctor(
         else: show_findings(found)
     raise typer.Exit(0 if found['ok'] else 1)
 
-# %% ../nbs/cli.ipynb #c030
+# %% ../nbs/cli.ipynb #c031
 def show_findings(
     found:dict, # what `doctor` found
 ):
@@ -261,7 +261,7 @@ def show_findings(
         if not found['optional'][name]: line('optional', f'{name} is not installed; pip install {name} to {use}')
     line('verdict', 'all is here' if found['ok'] else 'something is missing or damaged')
 
-# %% ../nbs/cli.ipynb #c033
+# %% ../nbs/cli.ipynb #c034
 def main():
     "Entry point of the `latentcourse` command."
     for stream in (sys.stdout, sys.stderr):

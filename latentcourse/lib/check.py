@@ -127,7 +127,7 @@ class Claim:
 
     def _repr_mimebundle_(self, include=None, exclude=None): # every form of it, for IPython
         md = f'> **{self.verdict}** · row {self.row} · {self.text}' + (f' **Measured: {show_value(self.measured)}**' if self.measured is not None else '') + self.notes()
-        return {'text/plain': repr(self), 'text/markdown': md, 'text/html': self.html(), MIME: asdict(self)}
+        return {'text/plain': repr(self), 'text/markdown': md, 'text/html': self.html(), MIME: {k: v for k, v in asdict(self).items() if v is not None}} # nbdev's writer breaks on a key `source` without text
 
 # %% ../../nbs/lib/check.ipynb #c021
 def make_claim(

@@ -147,7 +147,7 @@ def execute(
     return {'name': path.stem, 'seconds': round(time.perf_counter() - began, 1), 'peak_mb': round(peak.mb), 'cells': done[0],
             'copy': str(out), 'error': error}
 
-# %% ../../nbs/lib/pages.ipynb #c023
+# %% ../../nbs/lib/pages.ipynb #c024
 def relink(
     text:str,       # markdown seen from the notebook's folder
     folder:str,     # that folder, seen from the README
@@ -158,7 +158,7 @@ def relink(
     text = re.sub(rf'(\]\(){away}([^)\s]+)', fix, text)
     return re.sub(rf'((?:src|href)="){away}([^"]+)', fix, text)
 
-# %% ../../nbs/lib/pages.ipynb #c025
+# %% ../../nbs/lib/pages.ipynb #c026
 def readme_of(
     path:Path, # notebook to turn
 )->tuple[str, dict[str, bytes]]: # markdown, and pictures by file name
@@ -175,7 +175,7 @@ def readme_of(
     note = f'<!-- made from {Path(path).parent.name}/{Path(path).name} by `make readme`: edit that -->\n\n'
     return note + text, {k.replace('\\', '/'): v for k, v in res['outputs'].items()}
 
-# %% ../../nbs/lib/pages.ipynb #c026
+# %% ../../nbs/lib/pages.ipynb #c027
 def write_readme(
     path:Path, # notebook to turn
     root:Path, # folder that gets README.md
