@@ -19,18 +19,28 @@ from . import __version__
 from .lib.pages import UnknownName, chapters, course_root, execute, pick
 
 # %% ../nbs/cli.ipynb #c004
-app = typer.Typer(help='How latent diffusion works: run the course, train its models, look at what is there.', no_args_is_help=True,
-                  rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']})
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False,
+                  context_settings={'help_option_names': ['-h', '--help']})
 
-def show_version(value:bool):
+def show_version(
+    value:bool, # whether --version was given
+):
+    "Print the version and stop."
     if value:
         typer.echo(f'latentcourse {__version__}')
         raise typer.Exit()
 
 @app.callback()
-def options(version:bool=typer.Option(False, '--version', callback=show_version, is_eager=True, help='Print the version.')): pass
+def options(
+    version:bool=typer.Option(False, '--version', callback=show_version, is_eager=True, help='Print the version.'),
+):
+    "How latent diffusion works: run the course, train its models, look at what is there."
 
-def say(text=''): typer.echo(text, err=True) # progress and errors; what a program reads goes to standard output alone
+def say(
+    text:str, # progress, or an error; what a program reads goes to standard output alone
+):
+    "Print a line for people."
+    typer.echo(text, err=True)
 
 # %% ../nbs/cli.ipynb #c006
 @contextmanager
@@ -196,11 +206,15 @@ def lab(
 OPTIONAL = {'lpips': 'compare the perceptual distance with the published one', 'open_clip_torch': 'compare with published CLIP models',
             'nbdev': 'export notebooks (part of the dev extra)', 'pytest': 'run the tests (part of the dev extra)'}
 
-def version_of(package):
+def version_of(
+    package:str, # name on the package index
+)->str|None:     # None if it is not installed
+    "Installed version of a package."
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return None
 
-def requirements():
+def requirements()->list[str]|None: # None if latentcourse itself is not installed
+    "Names of the packages that running the course needs."
     import re
     try: lines = metadata.requires('latentcourse') or []
     except metadata.PackageNotFoundError: return None
