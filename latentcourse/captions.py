@@ -50,9 +50,9 @@ RULES = { # symbol: what it may become; ~ understood, never said
                  '{where} there is {first}', '{position} there is {first} {ground}', '{ground} there is {first} {position}',
                  '{first} is {where}', '{first} {verb} {where}', '{where} {verb} {first}'],
     'two':      ['{pair}', '{pair} {ground}', '{pair}, {ground}', '{ground}, {pair}', 'there is {pair}', 'there is {pair} {ground}',
-                 '{ground} there is {pair}', '{ground} {verb} {pair}', '{fact}', '{fact} {ground}', '{ground} {fact}'],
-    'pair':     ['{first} {relation} {second}', '{second} {converse} {first}', '{first} and {second}',
+                 '{ground} there is {pair}', '{ground} {verb} {pair}', '{fact}', '{fact} {ground}', '{ground} {fact}',
                  '~{first} {ground} {relation} {second}', '~{second} {ground} {converse} {first}'],
+    'pair':     ['{first} {relation} {second}', '{second} {converse} {first}', '{first} and {second}'],
     'fact':     ['{first} is {relation} {second}', '{first} {verb} {relation} {second}', '{second} is {converse} {first}',
                  '~{second} {verb} {converse} {first}'],
     'where':    ['{position}', '{ground}', '{position} {ground}', '{side} of the {stuff}', '{side} of the {floor}'],
@@ -89,6 +89,7 @@ def expand(
     heard:bool=False,  # include what is understood but never said
 )->list:               # templates, each once
     "Every template a rule can become."
+    if symbol not in RULES: raise ValueError(f'unknown symbol {symbol!r}: expected one of {", ".join(RULES)}')
     def ways(part):
         slot = SLOT.match(part)
         if not slot: return [part]
@@ -105,7 +106,8 @@ def spelled(
     heard:bool=False, # include what is understood but never said
 )->list:              # none if this kind of word cannot mean it
     "How one kind of word spells a value."
-    if kind not in SPELLINGS: return ['{%s}' % kind]
+    if kind in ('first', 'second'): return ['{%s}' % kind]           # filled later, by a phrase
+    if kind not in SPELLINGS: raise ValueError(f'unknown kind of word {kind!r}: expected one of {", ".join(SPELLINGS)}')
     return voiced(SPELLINGS[kind][value].split('|'), heard) if value in SPELLINGS[kind] else []
 
 # %% ../nbs/00a_captions.ipynb #c023
@@ -159,6 +161,7 @@ def flaw(
     row:list, # ten labels, each in its range
 ):            # `(field, why)`, or None for a sound row
     "The first field that contradicts the others, and why."
+    if len(row) != len(FIELDS): raise ValueError(f'a row has {len(FIELDS)} labels, not {len(row)}')
     had, layout = dict(zip(FIELDS, row)), LAYOUTS[row[0]] if row[0] >= 0 else ''
     if had['toy1'] < 0: return 'toy1', 'a scene has a first toy'
     if had['toy1'] == had['toy2']: return 'toy2', 'the two toys of a scene must differ'
@@ -291,10 +294,12 @@ END = '' # the edge of a tree that a finished text takes; it leads to the order 
 def tree_of(
     templates:list, # as from `expand`
 )->dict:            # kind: what may follow; `END`: order of the toys
-    "Merge templates into one tree of kinds; raise if one sequence of kinds has two meanings."
+    "Merge templates into one tree of kinds; raise if one says a field twice or can mean two things."
     root = {}
     for template in templates:
-        node, order = root, tuple(k for k in SLOT.findall(template) if k in ('first', 'second'))
+        node, fields = root, [f for k in SLOT.findall(template) if (f := STATES.get(k, k))]
+        order = tuple(f for f in fields if f in ('first', 'second'))
+        if len(fields) > len(set(fields)): raise ValueError(f'{template!r} states a field twice')
         for part in template.replace(',', '').split():
             kind = SLOT.sub(r'\1', part)
             node = node.setdefault('phrase' if kind in order else kind, {})
@@ -334,7 +339,7 @@ def stuck(
     if t.kind is None:
         near = difflib.get_close_matches(t.text, LEXICON, 3)
         what = f"{where} is not in the vocabulary{', nearest: ' + ', '.join(near) if near else ''}: {expected(tree)}"
-    elif field and field in said: what = f'{where} gives a second {field}, after {said[field].text!r}: {expected(tree)}'
+    elif t.kind in SPELLINGS and field in said: what = f'{where} gives a second {field}, after {said[field].text!r}: {expected(tree)}'
     else: what = f'{where} cannot stand here: {expected(tree)}'
     return CaptionError(what, t.text, t.place)
 
@@ -419,6 +424,7 @@ def scene_count(
     sizes:dict=None, # field: number of values it can take; default all
 )->int:              # number of different rows of labels
     "How many scenes the grammar can tell apart, eq. (0.24)."
+    if sizes is not None and set(sizes) != set(FIELDS): raise ValueError(f'sizes: expected one number for each of {", ".join(FIELDS)}')
     n, total = sizes or {f: len(names) for f, names in FIELD_NAMES.items()}, 0
     for layout in LAYOUTS:
         free = [f for f in FIELDS[1:10 if layout in PAIRED else 6] if f not in IMPLIED.get(layout, {})]
