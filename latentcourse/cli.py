@@ -9,7 +9,7 @@ __all__ = ['app', 'MODELS', 'OPTIONAL', 'show_version', 'options', 'say', 'one_l
 
 # %% ../nbs/cli.ipynb #c003
 import json, os, platform, sys, time
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -55,7 +55,7 @@ def one_line_errors(
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get('LATENTCOURSE_DEBUG'): raise
         say(f'latentcourse: {e or type(e).__name__}')
-        raise typer.Exit(2 if isinstance(e, UnknownName) else 1)
+        raise typer.Exit(2 if type(e).__name__ in ('UnknownName', 'UnknownStudy') else 1)
 
 # %% ../nbs/cli.ipynb #c008
 @contextmanager
@@ -149,13 +149,14 @@ def record_study(
     as_json:bool, # print the table as JSON
 ):
     "Record a sweep that a chapter declares."
-    from latentcourse.lib import study
-    rows = study.record(name)
-    typer.echo(json.dumps(rows) if as_json else f'{name}: {len(rows)} points recorded')
+    from latentcourse.lib.study import find_study, study_file, sweep
+    names = [f"latentcourse.{p.stem.split('_', 1)[1]}" for p in chapters(course_root() / 'nbs')]
+    points = sweep(find_study(name, [n for n in names if find_spec(n)]), progress=not as_json)
+    typer.echo(json.dumps(points, indent=1) if as_json else f'{name}: {len(points)} points in {study_file(name)}')
 
 # %% ../nbs/cli.ipynb #c020
-MODELS = {'teacher': ('latentcourse.oracle', 'train_oracle', 'TEACHER'),
-          'judge':   ('latentcourse.oracle', 'train_oracle', 'JUDGE')}
+MODELS = {'teacher': ('latentcourse.oracle', 'train_oracle', 'TEACHER', (2, 3, 64, 64)),
+          'judge':   ('latentcourse.oracle', 'train_oracle', 'JUDGE', (2, 3, 64, 64))}
 
 # %% ../nbs/cli.ipynb #c021
 def config_of(
@@ -166,7 +167,7 @@ def config_of(
     "Config and training function of a model."
     import torch
     if name not in MODELS: raise UnknownName(f'no model {name!r}; there are: {", ".join(MODELS)}')
-    module, train_name, presets_name = MODELS[name]
+    module, train_name, presets_name, _ = MODELS[name]
     module = import_module(module)
     presets = getattr(module, presets_name)
     preset = (preset or ('GPU' if torch.cuda.is_available() else 'CPU')).upper()
@@ -178,18 +179,25 @@ def config_of(
 def train(
     name:str=typer.Argument(..., help='Model to train: ' + ', '.join(MODELS) + '.'),
     preset:str=typer.Option(None, help='CPU or GPU; by default what this machine has.'),
-    out:Path=typer.Option(None, help='Folder for the checkpoint; by default runs/train/NAME.'),
+    data:str=typer.Option('toybox', help='What to learn from; the teacher and the judge learn from toybox scenes alone.'),
+    out:Path=typer.Option(None, help='Folder for the state and the checkpoint; by default runs/train/NAME.'),
     resume:bool=typer.Option(True, '--resume/--no-resume', help='Go on from the last state in that folder, or start again.'),
     steps:int=typer.Option(None, min=1, help='Training steps, instead of the preset\'s.'),
     seed:int=typer.Option(None, min=0, help='Seed of weights and data, instead of the preset\'s.'),
 ):
     "Train one model; go on where it was stopped."
-    out = out or Path('runs') / 'train' / name
-    with one_line_errors(f'The last state is in {out}; the same command goes on from there.'):
+    out = out or Path(os.environ.get('LATENTCOURSE_RUNS') or 'runs') / 'train' / name
+    with one_line_errors(f'If a state was kept, it is {out / "state.safetensors"}; the same command goes on from there.'):
         cfg, train_model = config_of(name, preset, {'steps': steps, 'seed': seed})
+        if data != 'toybox': raise UnknownName(f'{name} cannot learn from {data!r}: it needs exact labels, which only toybox scenes have')
+        if not resume:
+            for old in out.glob('state.*'): old.unlink()
         say(f'training {name} into {out}: {cfg}')
-        where = train_model(name, cfg, out=out, resume=resume, progress=True)
-        typer.echo(f'{name} trained: {where}')
+        from latentcourse.lib.checkpoint import save_model
+        model, facts = train_model(name, cfg, out=out, resume=resume, progress=sys.stderr.isatty())
+        where = save_model(out / f'{name}.safetensors', model, cfg, facts, probe=MODELS[name][3])
+        typer.echo(f'{name}: kept as {where}')
+        for k, v in facts.get('evaluation', {}).items(): typer.echo(f"  {k:<12} {100 * v['mean']:.2f} % right of {v['n']}")
 
 # %% ../nbs/cli.ipynb #c025
 @app.command(context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
