@@ -75,6 +75,13 @@ def test_run_stops_a_cell_that_takes_too_long(tmp_path):
     done = call('run', '--nbs', tmp_path / 'nbs', '--timeout', '1', '--json')
     assert done.exit_code == 1 and 'still running after 1 s' in json.loads(done.stdout)['chapters'][0]['error']['message']
 
+def test_no_kernel_is_left_behind(small, tmp_path):
+    import psutil
+    page(tmp_path / 'nbs', '00_pid', 'import os\nos.getpid()')
+    done = call('run', '--nbs', tmp_path / 'nbs')
+    pid = int(nbformat.read(tmp_path / 'runs' / 'notebooks' / '00_pid.ipynb', 4).cells[1].outputs[0].data['text/plain'])
+    assert done.exit_code == 0 and not psutil.pid_exists(pid)
+
 def test_run_survives_a_kernel_that_dies(tmp_path):
     page(tmp_path / 'nbs', '00_dies', 'import os; os._exit(9)')
     done = call('run', '--nbs', tmp_path / 'nbs', '--json')
@@ -82,15 +89,17 @@ def test_run_survives_a_kernel_that_dies(tmp_path):
 
 @pytest.mark.skipif(os.name == 'nt', reason='no SIGINT to another process')
 def test_ctrl_c_is_130(tmp_path):
-    page(tmp_path / 'nbs', '00_slow', f'open({str(tmp_path / "on")!r}, "w").close()\nimport time; time.sleep(60)')
+    page(tmp_path / 'nbs', '00_slow', f'import os, time\nopen({str(tmp_path / "on")!r}, "w").write(str(os.getpid()))\ntime.sleep(60)')
     p = subprocess.Popen([sys.executable, '-m', 'latentcourse', 'run', '--nbs', str(tmp_path / 'nbs')], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for _ in range(600):
-        if (tmp_path / 'on').exists(): break
+        if (tmp_path / 'on').exists() and (tmp_path / 'on').read_text(): break
         time.sleep(.1)
     time.sleep(.5)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'stopped' in err and 'Traceback' not in err, err
+    import psutil
+    assert not psutil.pid_exists(int((tmp_path / 'on').read_text())), 'the kernel lives on'
 
 # ---- wrong questions --------------------------------------------------------------------------------------------------------------
 

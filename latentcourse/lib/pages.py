@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['INLINE', 'CourseNotFound', 'UnknownName', 'course_root', 'chapters', 'answers_to', 'pick', 'skipped', 'PeakMemory',
-           'client_of', 'what_went_wrong', 'execute', 'relink', 'readme_of', 'write_readme']
+           'client_of', 'what_went_wrong', 'run_all_cells', 'execute', 'relink', 'readme_of', 'write_readme']
 
 # %% ../../nbs/lib/pages.ipynb #c002
 import os, re, threading, time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 # %% ../../nbs/lib/pages.ipynb #c004
@@ -113,10 +114,27 @@ def what_went_wrong(
         if o.output_type == 'error': return f'{o.ename}: {o.evalue}'
     return f'{type(error).__name__}: {error}'
 
-# %% ../../nbs/lib/pages.ipynb #c020
+# %% ../../nbs/lib/pages.ipynb #c021
+def run_all_cells(
+    client,   # NotebookClient
+    env:dict, # the kernel's environment
+):
+    "Run a notebook; a Ctrl-C ends its kernel and goes on up."
+    import psutil
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(client.execute, env=env, cleanup_kc=True)
+        try:
+            while not wait([job], 0.2).done: pass
+        except BaseException:
+            pid = getattr(client.km.provisioner, 'pid', None)
+            if pid and psutil.pid_exists(pid): psutil.Process(pid).kill()
+            raise
+        job.result()
+
+# %% ../../nbs/lib/pages.ipynb #c022
 INLINE = 'module://matplotlib_inline.backend_inline' # figures go into the page, whatever MPLBACKEND says outside
 
-# %% ../../nbs/lib/pages.ipynb #c021
+# %% ../../nbs/lib/pages.ipynb #c023
 def execute(
     path:Path,            # notebook to run; it is only read
     out:Path,             # where the executed copy goes
@@ -139,7 +157,7 @@ def execute(
         if on_cell: on_cell(code.index(cell_index) + 1, len(code))
     error, client = None, client_of(nb, path.parent, timeout, {'on_cell_start': start, 'on_cell_executed': end})
     try:
-        with PeakMemory(lambda: getattr(client.km.provisioner, 'pid', None)) as peak: client.execute(env={**os.environ, 'MPLBACKEND': INLINE, **(env or {})})
+        with PeakMemory(lambda: getattr(client.km.provisioner, 'pid', None)) as peak: run_all_cells(client, {**os.environ, 'MPLBACKEND': INLINE, **(env or {})})
     except (CellControlSignal, DeadKernelError, RuntimeError) as e:
         cell = nb.cells[at[0]]
         error = {'cell': at[0], 'source': cell.source, 'message': what_went_wrong(e, cell, timeout)}
@@ -150,7 +168,7 @@ def execute(
     return {'name': path.stem, 'seconds': round(time.perf_counter() - began, 1), 'peak_mb': round(peak.mb), 'cells': done[0],
             'copy': str(out), 'error': error}
 
-# %% ../../nbs/lib/pages.ipynb #c025
+# %% ../../nbs/lib/pages.ipynb #c027
 def relink(
     text:str,       # markdown seen from the notebook's folder
     folder:str,     # that folder, seen from the README
@@ -161,7 +179,7 @@ def relink(
     text = re.sub(rf'(\]\(){away}([^)\s]+)', fix, text)
     return re.sub(rf'((?:src|href)="){away}([^"]+)', fix, text)
 
-# %% ../../nbs/lib/pages.ipynb #c027
+# %% ../../nbs/lib/pages.ipynb #c029
 def readme_of(
     path:Path, # notebook to turn
 )->tuple[str, dict[str, bytes]]: # markdown, and pictures by file name
@@ -178,7 +196,7 @@ def readme_of(
     note = f'<!-- made from {Path(path).parent.name}/{Path(path).name} by `make readme`: edit that -->\n\n'
     return note + text, {k.replace('\\', '/'): v for k, v in res['outputs'].items()}
 
-# %% ../../nbs/lib/pages.ipynb #c028
+# %% ../../nbs/lib/pages.ipynb #c030
 def write_readme(
     path:Path, # notebook to turn
     root:Path, # folder that gets README.md
