@@ -127,7 +127,6 @@ def run(
 ):
     "Run chapters; end with claims, time and memory."
     with one_line_errors('Executed copies so far are in runs/notebooks.'):
-        from latentcourse.lib.check import claims_of
         if study: return record_study(study, as_json)
         nbs = nbs or course_root() / 'nbs'
         todo, began = pick(chapter or [], chapters(nbs)), time.perf_counter()
@@ -137,6 +136,7 @@ def run(
         if not as_json: say(f'Running {len(todo)} notebooks of {nbs} in a fresh kernel each')
         with progress_over(as_json) as begin:
             ran = [execute(p, out / p.name, timeout, begin(p.stem), env) for p in todo]
+        from latentcourse.lib.check import claims_of
         claims = [dict(c, chapter=r['name']) for r in ran for c in claims_of(r['copy'])]
         seconds, ok = time.perf_counter() - began, not any(r['error'] for r in ran)
         if as_json: typer.echo(json.dumps({'ok': ok, 'seconds': round(seconds, 1), 'chapters': ran, 'claims': claims}, indent=1))
