@@ -50,12 +50,14 @@ def palette_png(
     raw = io.BytesIO()
     fig.savefig(raw, format='png', dpi=dpi or fig.dpi, bbox_inches='tight', pad_inches=.08, facecolor=fig.get_facecolor())
     full = Image.open(raw).convert('RGB')
-    for shrink in (1, .8, .64, .5, .4, .3, .2, .1):
+    shrink, colours = 1., 256
+    while min(full.size) * shrink >= 1:
         small = full if shrink == 1 else full.resize([max(1, round(s * shrink)) for s in full.size], Image.Resampling.LANCZOS)
-        for n in (256, 128, 64):
-            out = io.BytesIO()
-            small.quantize(n, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE).save(out, 'png', optimize=True)
-            if out.tell() <= limit: return out.getvalue()
+        out = io.BytesIO()
+        small.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, 'png', optimize=True)
+        if out.tell() <= limit: return out.getvalue()
+        if colours > 64: colours //= 2
+        else: shrink *= min(.9, .95 * math.sqrt(limit / out.tell()))
     raise ValueError(f'the figure does not fit into {limit} bytes: draw less, or raise the limit')
 
 # %% ../../nbs/lib/viz.ipynb #c012
