@@ -144,12 +144,10 @@ def test_an_installed_package_without_notebooks_says_so(tmp_path):
 def test_help_is_quick_and_loads_nothing_heavy():
     code = 'import sys, latentcourse.cli; print([m for m in ("torch", "nbclient", "matplotlib", "jupyterlab", "nbformat") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = shell('--help')
-        times.append(time.perf_counter() - began)
-    assert done.returncode == 0 and all(c in done.stdout for c in ('run', 'train', 'lab', 'doctor')) and min(times) < 1, times
+    seconds = 'import atexit, sys, time; atexit.register(lambda: print("cpu", time.process_time())); sys.argv = ["latentcourse", "--help"]; from latentcourse.cli import main; main()'
+    done = [subprocess.run([sys.executable, '-c', seconds], capture_output=True, text=True) for _ in range(2)]  # CPU time: the machine may be busy
+    assert min(float(d.stdout.split('cpu ')[1]) for d in done) < 1, done
+    assert done[0].returncode == 0 and all(c in done[0].stdout for c in ('run', 'train', 'lab', 'doctor'))
 
 @pytest.mark.parametrize('command', ['run', 'train', 'lab', 'doctor'])
 def test_every_command_has_help(command):
