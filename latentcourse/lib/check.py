@@ -25,7 +25,7 @@ def as_numbers(
     except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f'{name}: expected numbers, not {type(value).__name__} ({e})') from e
     if not x.numel(): raise AssertionError(f'{name} is empty, shape {tuple(x.shape)}: nothing was compared')
     if x.isnan().any(): raise AssertionError(f'{name} has {int(x.isnan().sum())} NaN in {x.numel()} values')
-    return x if not x.is_floating_point() and not x.is_complex() else x.to(torch.complex128 if x.is_complex() else torch.float64)
+    return x.to(torch.complex128 if x.is_complex() else torch.float64 if x.is_floating_point() else torch.int64)
 
 # %% ../../nbs/lib/check.ipynb #c005
 CHECKED = {} # equation -> largest error seen by `agree` in this process

@@ -85,7 +85,8 @@ def write_whole(
         for path, temp in temps.items(): rename(temp, path)
     except OSError as e: raise UnwritableCheckpoint(path, f'could not be written ({e.strerror or e}); what was there before is untouched') from e
     finally:
-        for temp in temps.values(): temp.unlink(missing_ok=True)
+        for temp in temps.values():
+            if temp.exists(): temp.unlink()
 
 # %% ../../nbs/lib/sealed.ipynb #c013
 def rename(

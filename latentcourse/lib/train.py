@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
-from .device import average_gradients, my_share, pick_device, seed_all, share # first: it quiets accelerate
-from accelerate import PartialState
+from .device import average_gradients, my_share, pick_device, processes, seed_all, share # first: it quiets accelerate
 from accelerate.utils import broadcast, gather_object, reduce, send_to_device
 from .checkpoint import check_state, load, save
 from .sealed import CheckpointError, canonical
@@ -87,8 +86,8 @@ def keep(
 ):
     "Write everything the next step depends on."
     rngs, tensors = gather_object([rng_state()]), {}
-    if not PartialState().is_main_process: return
-    columns = {k: torch.tensor([getattr(r, k, math.nan) for r in log], dtype=torch.float64) for k in {k: 0 for r in log for k in vars(r)}}
+    if not processes().is_main_process: return
+    columns = {k: torch.tensor([getattr(r, k, math.nan) for r in log], dtype=torch.float64) for k in {k: 0 for r in log for k in vars(r) if k != 'replayed'}}
     state = pack({**{k: p.state_dict() for k, p in parts.items()}, 'rngs': rngs, 'log': columns}, tensors)
     save(path, tensors, {'config': recipe, 'step': len(log), 'loss': log[-1].loss, 'state': state})
 
@@ -108,7 +107,7 @@ def restore(
     except (KeyError, ValueError, RuntimeError) as e: raise CheckpointError(path, f'does not fit this run ({type(e).__name__}: {e}); continue with the optimizer and data it was begun with') from e
     log = [SimpleNamespace(**{k: v for k, v in zip(state['log'], row) if v == v}) for row in zip(*(c.tolist() for c in state['log'].values()))]
     for r in log: r.i, r.replayed = int(r.i), True
-    return log, state['rngs'][PartialState().process_index]
+    return log, state['rngs'][processes().process_index]
 
 # %% ../../nbs/lib/train.ipynb #c017
 class TrainingDiverged(FloatingPointError): "The loss or its gradient is NaN or infinite."
@@ -143,7 +142,7 @@ def progress_bar(
 )->tqdm:
     "A progress bar for terminal or notebook; silent where the output is a plain file."
     notebook = hasattr(get_ipython(), 'kernel')
-    if not on or not PartialState().is_main_process: return tqdm(total=steps, disable=True)
+    if not on or not processes().is_main_process: return tqdm(total=steps, disable=True)
     return tqdm(total=steps, initial=done, disable=None, file=OneLine() if notebook else None, ncols=90, mininterval=.2)
 
 # %% ../../nbs/lib/train.ipynb #c021
@@ -162,9 +161,9 @@ def begin(
     if ema is not None: ema.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
     if not params: raise ValueError('model: no parameter requires a gradient, nothing to train')
-    if PartialState().num_processes > 1:
+    if processes().num_processes > 1:
         for t in model.state_dict().values(): t.copy_(broadcast(t))
-        torch.manual_seed(torch.initial_seed() + PartialState().process_index)
+        torch.manual_seed(torch.initial_seed() + processes().process_index)
     opt = opt or torch.optim.AdamW(params, lr=1e-3 if lr is None else lr)
     return opt, LambdaLR(opt, lambda i: lr_factor(min(i, steps), steps, warmup, schedule))
 
@@ -217,7 +216,7 @@ def fit(
     device, mine, path = pick_device(device), my_share(batches), Path(out) / 'state.safetensors' if out else None
     opt, rate = begin(model, steps, opt, lr, warmup, schedule, ema, device)
     params = [p for p in model.parameters() if p.requires_grad]
-    recipe = {**(json.loads(canonical(cfg)) if cfg is not None else {}), 'processes': PartialState().num_processes,
+    recipe = {**(json.loads(canonical(cfg)) if cfg is not None else {}), 'processes': processes().num_processes,
               'fit': f'{type(opt).__name__} {steps=} {lr=} {warmup=} {schedule=} {clip=} {accumulate=} {precision=} ema={getattr(ema, "decay", None)}'}
     parts = {k: p for k, p in dict(model=model, opt=opt, schedule=rate, ema=ema, batches=batches).items() if hasattr(p, 'state_dict')}
     log, rng = restore(path, parts, recipe, resume) if path and path.exists() else ([], None)
@@ -234,7 +233,7 @@ def fit(
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'): losses, logs = per_sample(loss_fn(batch))
                 (losses.mean() / accumulate).backward()
                 total = total + losses.detach().mean() / accumulate
-            if PartialState().num_processes > 1: average_gradients(model)
+            if processes().num_processes > 1: average_gradients(model)
             norm = nn.utils.clip_grad_norm_(params, clip or math.inf)
             due = out and (i + 1 == steps or every and (i + 1) % every == 0 or every_s is not None and time.monotonic() - written >= every_s)
             r, due = record_step(i, total, norm, rate.get_last_lr()[0], logs, due, start)
@@ -257,6 +256,6 @@ def record_step(
 )->tuple:         # record, and whether to write: the same on every process
     "What a step reports; the device is waited for once."
     numbers = torch.stack([torch.as_tensor(v, device=total.device, dtype=torch.float32).detach().mean() for v in (total, norm, float(bool(due)), *logs.values())])
-    if PartialState().num_processes > 1: numbers = reduce(numbers, 'mean')
+    if processes().num_processes > 1: numbers = reduce(numbers, 'mean')
     loss, grad_norm, due, *values = numbers.tolist()
     return SimpleNamespace(i=i, loss=loss, lr=lr, grad_norm=grad_norm, seconds=time.perf_counter() - start, **dict(zip(logs, values))), due > 0
