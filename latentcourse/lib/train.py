@@ -247,8 +247,8 @@ def fit(
 # %% ../../nbs/lib/train.ipynb #c024
 def record_step(
     i:int,        # step
-    total:Tensor, # `` mean loss
-    norm:Tensor,  # `` norm of the gradient before clipping
+    total:Tensor, # `()` mean loss
+    norm:Tensor,  # `()` norm of the gradient before clipping
     lr:float,     # learning rate of this step
     logs:dict,    # numbers from the loss function
     due:bool,     # whether this process would write a checkpoint
