@@ -54,7 +54,7 @@ def palette_png(
     while min(full.size) * shrink >= 1:
         small = full if shrink == 1 else full.resize([max(1, round(s * shrink)) for s in full.size], Image.Resampling.LANCZOS)
         out = io.BytesIO()
-        small.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, 'png', optimize=True)
+        small.quantize(colours, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE).save(out, 'png', optimize=True)
         if out.tell() <= limit: return out.getvalue()
         if colours > 64: colours //= 2
         else: shrink *= min(.9, .95 * math.sqrt(limit / out.tell()))
