@@ -230,7 +230,7 @@ def train_or_load(
     run = wanted_run()
     path = own if run or not shipped.exists() else shipped
     if path is shipped or own.exists() and (not run or load(own)[1].get('run') == run):
-        say(f"{name}: {'shipped checkpoint' if path is shipped else 'trained earlier'}, {path}")
+        say(f"{name}: {'shipped checkpoint' if path is shipped else 'trained earlier'}, {path.name}")
     else:
         say(f"{name}: training it ({'as LATENTCOURSE_TRAIN asks' if run else 'none is shipped'})")
         made = train(cfg)
