@@ -8,8 +8,9 @@ __all__ = ['CLASSES', 'TEACHER', 'JUDGE', 'ATTRIBUTES', 'SHADES', 'field_loss', 
            'fresh', 'learn', 'attributes', 'right', 'examine', 'train_oracle', 'load_oracle', 'pixel_colour']
 
 # %% ../nbs/00b_oracle.ipynb #c002
-import math, time
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,10 +22,10 @@ from .lib.train import fit, seed_all
 from .toybox import BESIDE, FIELDS, COATS, READING, WORDS, draw, place_toys, scenes, split_seeds
 
 # %% ../nbs/00b_oracle.ipynb #c008
-CLASSES = tuple(len(w) for w in WORDS)                                    # answers of each field; 54 in all
+CLASSES = tuple(len(w) for w in WORDS)                                    # answers of each field; 59 in all
 
 def field_loss(
-    logits:Tensor, # `b 54` scores of all answers
+    logits:Tensor, # `b 59` scores of all answers
     labels:Tensor, # `b 10` int64 labels, -1 where a field is absent
 )->Tensor:         # `b` nats, summed over the fields that are there
     "Negative log-probability of the labels, eq. (0.40)."
@@ -53,7 +54,7 @@ def halve(
 def head(
     width:int,    # channels of the last map
     hidden:int,   # width of the reading network
-)->nn.Sequential: # `b width 8 8` -> `b 54`
+)->nn.Sequential: # `b width 8 8` -> `b 59`
     "Reads the answers from the last map, with its places."
     return nn.Sequential(nn.Conv2d(width, 32, 1), nn.Flatten(), nn.Linear(32 * 8 * 8, hidden), nn.GELU(), nn.Linear(hidden, sum(CLASSES)))
 
@@ -72,7 +73,7 @@ class Teacher(nn.Module):
         return maps[1:]                         # `b 32 32 32`, `b 64 16 16`, `b 128 8 8`
 
     def forward(self, x):
-        return self.head(self.features(x)[-1])  # `b 54`
+        return self.head(self.features(x)[-1])  # `b 59`
 
 # %% ../nbs/00b_oracle.ipynb #c017
 class PlaceNorm(nn.LayerNorm):
@@ -100,13 +101,13 @@ class Judge(nn.Module):
         self.head = head(2*w, 192)
 
     def forward(self, x):                                # `b 3 64 64` in [-1, 1]
-        return self.head(self.groups(self.patches(x)))   # `b 54`
+        return self.head(self.groups(self.patches(x)))   # `b 59`
 
 # %% ../nbs/00b_oracle.ipynb #c019
 def score(
     model:nn.Module, # teacher or judge
     x:Tensor,        # `b 3 h w` in [-1, 1], square
-)->Tensor:           # `b 54` logits
+)->Tensor:           # `b 59` logits
     "The logits of pictures of any size; ValueError for what is not a batch of pictures."
     if not torch.is_tensor(x) or not x.is_floating_point(): raise TypeError(f'x is a float tensor of pictures, got {getattr(x, "dtype", type(x).__name__)}')
     if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] != x.shape[3] or not len(x): raise ValueError(f'x has shape {tuple(x.shape)}: expected (b, 3, n, n)')
@@ -115,7 +116,7 @@ def score(
     return model(x.contiguous(memory_format=torch.channels_last))
 
 def answers(
-    logits:Tensor, # `b 54` scores of all answers
+    logits:Tensor, # `b 59` scores of all answers
 )->Tensor:         # `b 10` int64 labels, -1 for a second toy that the layout does not have
     "The most probable answer of each field."
     y = torch.stack([l.argmax(1) for l in logits.split(CLASSES, 1)], 1)
@@ -148,6 +149,7 @@ class OracleCfg:
     name:str='teacher'   # or 'judge'
     width:int=32         # channels of the first stage
     steps:int=5_000      # training steps
+    again:int=0          # steps of a second, shorter cycle at half the learning rate
     batch:int=128        # scenes a step
     lr:float=2e-3        # peak learning rate
     decay:float=.02      # weight decay
@@ -155,7 +157,8 @@ class OracleCfg:
     first:int=0          # first training scene
 
 TEACHER = {'CPU': OracleCfg(), 'GPU': OracleCfg(steps=20_000, batch=512)}
-JUDGE = {'CPU': OracleCfg('judge', width=72, lr=1.5e-3, seed=1, first=2**30), 'GPU': OracleCfg('judge', 72, 20_000, 512, 1.5e-3, .02, 1, 2**30)}
+JUDGE = {'CPU': OracleCfg('judge', width=72, again=1_400, lr=1.5e-3, seed=1, first=2**30)}
+JUDGE['GPU'] = replace(JUDGE['CPU'], steps=20_000, again=0, batch=512)
 
 def build(
     cfg:OracleCfg,      # configuration
@@ -188,12 +191,14 @@ def learn(
     progress:bool=True,   # show a bar
 ):                        # yields a record a step
     "Train a reader on endless scenes."
-    batches = Batches(fresh, cfg.batch, seed=cfg.first)
-    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.decay)
     loss = lambda batch: field_loss(score(model, roughen(batch[0])), batch[1])
-    steps = steps or cfg.steps
-    yield from fit(loss, model, batches, steps, opt=opt, warmup=min(200, steps // 10), precision='bf16' if bf16_helps() else 'no',
-                   out=out, resume=resume, cfg=cfg, progress=progress)
+    cycles = [(steps, cfg.lr)] if steps else [(cfg.steps, cfg.lr), (cfg.again, cfg.lr / 2)]
+    for k, (n, lr) in enumerate(c for c in cycles if c[0]):
+        if k: seed_all(cfg.seed + k)
+        batches = Batches(fresh, cfg.batch, seed=cfg.first + k * cfg.steps * cfg.batch)       # scenes go on where the first cycle ended
+        opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.decay)
+        yield from fit(loss, model, batches, n, opt=opt, warmup=min(200, n // 10), precision='bf16' if bf16_helps() else 'no',
+                       out=out and Path(out) / f'cycle{k}', resume=resume, cfg=cfg, progress=progress)
 
 # %% ../nbs/00b_oracle.ipynb #c025
 ATTRIBUTES = {'toy': (2, 6), 'colour': (3, 7), 'pattern': (4, 8), 'size': (5, 9), 'layout': (0,), 'background': (1,)}
@@ -242,9 +247,8 @@ def train_oracle(
     if name != cfg.name: raise ValueError(f'the configuration is of the {cfg.name}, not of the {name}')
     model = build(cfg)
     log = list(learn(model, cfg, out=out, resume=resume, progress=progress))
-    model = model.cpu().eval()
-    thin = log[::max(1, len(log) // 500)]
-    return model, {'minutes': sum(r.seconds for r in log) / 60, 'log': {'i': [r.i for r in thin], 'loss': [round(r.loss, 4) for r in thin]},
+    model, every = model.cpu().eval(), max(1, len(log) // 500)
+    return model, {'minutes': sum(r.seconds for r in log) / 60, 'log': {'i': list(range(0, len(log), every)), 'loss': [round(r.loss, 4) for r in log[::every]]},
                    'evaluation': {a: figure(v.double()) for a, v in examine(model).items()}}
 
 def load_oracle(
@@ -255,14 +259,14 @@ def load_oracle(
     cfg = (TEACHER if name == 'teacher' else JUDGE)['CPU']
     return train_or_load(name, cfg, lambda cfg: train_oracle(name, cfg), build=build, probe=(2, 3, 64, 64))
 
-# %% ../nbs/00b_oracle.ipynb #c041
+# %% ../nbs/00b_oracle.ipynb #c043
 SHADES = torch.tensor([.80, .92, 1.04])                                   # the stuffing's darker rim and lighter middle
 
 def pixel_colour(
     x:Tensor,      # `b 3 n n` pictures in [-1, 1]
     labels:Tensor, # `b 10` int64 labels; only layout and size are used, to know where to look
     slot:int=0,    # 0 for the first toy, 1 for the second
-)->Tensor:         # `b` int64 index into `COLOURS`, -1 where there is no such toy
+)->Tensor:         # `b` int64 index into `COLOURS`; -1 for no such toy, a held book, or no vote
     "The colour of a toy by a vote of its pixels; no network."
     labels, n = labels.cpu(), x.shape[-1]
     place = place_toys(labels, torch.full((len(x), 2, 3), .5, dtype=torch.float64))[:, slot]
@@ -272,4 +276,5 @@ def pixel_colour(
     known = rearrange(SHADES[:, None, None] * COATS, 's k c -> (s k) c').clamp(0, 1)
     gap = torch.cdist(rearrange(x.cpu().float() / 2 + .5, 'b c h w -> b (h w) c'), known[None]).min(-1)
     votes = F.one_hot(gap.indices % len(COATS), len(COATS)) * (near & (gap.values < .12))[..., None]
-    return torch.where(labels[:, 2 + 4*slot] >= 0, votes.sum(1).argmax(-1), -1)
+    votes, there = votes.sum(1), (labels[:, 2 + 4*slot] >= 0) & ~((labels[:, 0] == READING) & (slot == 1))
+    return torch.where(there & (votes.sum(1) > 0), votes.argmax(-1), -1)

@@ -107,7 +107,7 @@ def segment(
 )->Tensor:            # `... h w` signed distance
     "Signed distance of a thick segment with round ends, eq. (0.3)."
     du, dv = end[0] - start[0], end[1] - start[1]
-    along = (((u - start[0]) * du + (v - start[1]) * dv) / (du*du + dv*dv)).clamp(0, 1)
+    along = (((u - start[0]) * du + (v - start[1]) * dv) / max(du*du + dv*dv, 1e-12)).clamp(0, 1)
     return circle(u - start[0] - along*du, v - start[1] - along*dv, r)
 
 # %% ../nbs/00_toybox.ipynb #c027
@@ -115,7 +115,7 @@ def star5(
     u:Tensor,      # `... h w` horizontal coordinate
     v:Tensor,      # `... h w` vertical coordinate, down
     r:float,       # radius to the tips
-    inner:float,   # how deep the notches are, 0 to 1
+    inner:float,   # radius of the notches, as a share of `r`
 )->Tensor:         # `... h w` signed distance
     "Signed distance of a five-pointed star with a tip pointing up, eq. (0.3)."
     c, s = 0.8090169943749475, -0.5877852522924731                       # cos and -sin of 36 degrees
@@ -135,16 +135,16 @@ def ellipse(
     b:float,  # half height
 )->Tensor:    # `... h w` distance, exact to first order at the edge
     "First-order signed distance of an ellipse: its implicit function over the length of the gradient."
-    f = ((u/a)**2 + (v/b)**2).sqrt()
-    slope = ((u/(a*a))**2 + (v/(b*b))**2).sqrt()
-    return f * (f - 1) / slope.clamp(min=1e-4)
+    f = ((u/a)**2 + (v/b)**2).sqrt().clamp(min=1e-4)                     # both clamps matter only at the very centre,
+    slope = ((u/(a*a))**2 + (v/(b*b))**2).sqrt().clamp(min=1e-4 / min(a, b))   # where the quotient becomes -min(a, b)
+    return f * (f - 1) / slope
 
 # %% ../nbs/00_toybox.ipynb #c033
 def union(
     first:Tensor, # `... h w` signed distance
     *rest:Tensor, # `... h w` more of them
 )->Tensor:        # `... h w` signed distance of the union
-    "The union of shapes: the smallest distance."
+    "The union of shapes: right in sign, exact outside."
     for d in rest: first = torch.minimum(first, d)
     return first
 
@@ -542,6 +542,8 @@ def check_given(
     reading = layout == READING
     for bad, why in (((given < -1) | (given >= top), 'a label out of range; see WORDS for what each field knows'),
                      ((layout >= 0) & (layout < BESIDE) & (toy2 >= 0), f'a second toy in a layout for one ({", ".join(LAYOUTS[:BESIDE])})'),
+                     ((layout >= 0) & (layout < BESIDE) & (given[:, 7:] >= 0).any(1), f'the looks of a second toy in a layout for one ({", ".join(LAYOUTS[:BESIDE])})'),
+                     (reading & (given[:, 8:] > 0).any(1), "'reading' with a held book that is not plain and small"),
                      ((toy1 >= 0) & (toy1 == toy2), 'the same toy twice; the two toys of a scene differ'),
                      (reading & ((toy1 > 0) | (size1 == 0)), "'reading' without a big bear as toy 1"),
                      (reading & (toy2 >= 0) & (toy2 != 2), "'reading' with something else than a book as toy 2")):
@@ -553,7 +555,7 @@ def draw_labels(
     seeds:Tensor, # `b` int64 seeds
     given:Tensor, # `b 10` int64, -1 where chance decides
 )->Tensor:        # `b 10` int64 labels, -1 where a field does not apply
-    "The label of each seed; the held-out colours appear only in the held-out split."
+    "The label of each seed; chance draws held-out colours in the held-out split only, `given` may ask for them."
     u = uniform(seeds[:, None], torch.arange(len(FIELDS) + 1))
     pick = lambda k, n: (u[:, k] * n).floor().long()
     ask = lambda k, drawn: torch.where(given[:, k] >= 0, given[:, k], drawn)
