@@ -12,7 +12,7 @@ def readers(): return {name: oc.load_oracle(name) for name in ('teacher', 'judge
 def test_shipped_figures_hold(name, readers):
     "The recorded accuracy is recomputed on other scenes, within its interval, and reaches what the course promises."
     model, facts = readers[name]
-    again = {a: figure(v.double()) for a, v in oc.examine(model, 1500, start=50_000).items()}
+    again = {a: figure(v.double()) for a, v in oc.examine(model, 1000, start=50_000).items()}
     assert set(again) == set(facts['evaluation']) and check_figures(name, facts['evaluation'], again) < 5
     for a in ('toy', 'colour', 'layout', 'background'): assert facts['evaluation'][a]['mean'] >= .995 and facts['evaluation'][a]['n'] >= 10_000
     for a in ('pattern', 'size'): assert facts['evaluation'][a]['mean'] >= .97
@@ -25,11 +25,11 @@ def test_the_two_share_neither_seed_nor_scenes_nor_architecture(readers):
 
 def test_held_out_combinations_are_read_too(readers):
     for model, _ in readers.values():
-        seen = oc.examine(model, 600, 'heldout')
+        seen = oc.examine(model, 300, 'heldout')
         assert seen['toy'].float().mean() > .97 and seen['colour'].float().mean() > .97
 
 def test_other_sizes_are_read(readers):
-    scene = scenes(split_seeds('test', 70_000, 200))
+    scene = scenes(split_seeds('test', 70_000, 120))
     for size, floor in ((32, .80), (128, .97)):
         for model, _ in readers.values():
             assert oc.right(model, draw(scene, size), scene.labels)['toy'].float().mean() > floor
