@@ -8,7 +8,6 @@ __all__ = ['CLASSES', 'TEACHER', 'JUDGE', 'ATTRIBUTES', 'SHADES', 'field_loss', 
            'fresh', 'learn', 'attributes', 'right', 'examine', 'train_oracle', 'load_oracle', 'pixel_colour']
 
 # %% ../nbs/00b_oracle.ipynb #c002
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -17,9 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from .lib.checkpoint import figure, train_or_load
 from .lib.data import Batches
-from .lib.metrics import attribute_accuracy
 from .lib.train import fit, seed_all
-from .toybox import BESIDE, FIELDS, COATS, READING, WORDS, draw, place_toys, scenes, split_seeds
+from .toybox import BESIDE, COATS, READING, WORDS, draw, place_toys, scenes, split_seeds
 
 # %% ../nbs/00b_oracle.ipynb #c008
 CLASSES = tuple(len(w) for w in WORDS)                                    # answers of each field; 59 in all
