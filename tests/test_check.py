@@ -2,7 +2,7 @@
 import json, math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from latentcourse.lib.check import CHECKED, MIME, VERDICTS, agree, claim, claims_of, claims_table, make_claim, plain, refuses, show_value, z_score
+from latentcourse.lib.check import CHECKED, MIME, VERDICTS, Claim, agree, claim, claims_of, claims_table, plain, refuses, show_value, z_score
 
 quick = settings(max_examples=60, deadline=None)
 finite = st.floats(-1e6, 1e6)
@@ -32,6 +32,13 @@ def test_agree_accepts(got, want): assert agree(got, want) == 0
 def test_agree_wants_numbers(bad):
     with pytest.raises((TypeError, ValueError)): agree(**bad)
 
+def test_python_numbers_are_not_rounded():
+    third = torch.tensor(1, dtype=torch.float64) / 3
+    assert agree(1/3, third, atol=0) == agree([[1/3, 2/3]], torch.stack([third, 2 * third])[None], atol=0) == agree([[1/3 + 2j/3]], torch.complex(third, 2 * third)[None, None], atol=0) == 0
+    assert agree(.1 + 1e-9, .1) == pytest.approx(1e-9, rel=1e-6) and agree([1, .1], [1., .1 + 1e-12]) == pytest.approx(1e-12, rel=1e-3)
+    assert agree(torch.tensor(.1), .1) == pytest.approx(abs(np.float32(.1).astype(float) - .1))   # a tensor keeps its own precision
+    assert z_score([.1 + 1e-9, .1 + 3e-9], .1) == pytest.approx(2, rel=1e-4)
+
 def test_equations_are_remembered():
     agree([1., 2.], [1., 2. + 1e-6], eq='eq-of-this-test')
     assert CHECKED['eq-of-this-test'] == pytest.approx(1e-6, rel=.1)
@@ -58,7 +65,7 @@ json_like = st.recursive(st.booleans() | st.integers(-10**9, 10**9) | finite | s
 @quick
 @given(st.text(min_size=1).filter(str.strip), st.sampled_from(sorted(VERDICTS)), json_like, st.lists(st.integers(0, 99), max_size=3))
 def test_claims_come_back(tmp_path_factory, text, verdict, measured, seeds):
-    c = make_claim('3.a', text, verdict, measured, seeds, 'someone, 2026')
+    c = Claim('3.a', text, verdict, measured, seeds, 'someone, 2026')
     bundle = c._repr_mimebundle_()
     page = tmp_path_factory.mktemp('page') / 'page.ipynb'
     page.write_text(json.dumps({'cells': [{'cell_type': 'markdown'}, {'outputs': [{'text': 'x'}, {'data': bundle}]}]}), encoding='utf-8')
@@ -67,13 +74,13 @@ def test_claims_come_back(tmp_path_factory, text, verdict, measured, seeds):
     assert not {'<script', '</div><b>'} & {bundle['text/html']} and bundle['text/html'].count('<div') == bundle['text/html'].count('</div>')
 
 def test_markup_is_escaped():
-    html = make_claim('1', '<script>x</script>', 'confirmed', '<b>', source='<i>').html()
+    html = Claim('1', '<script>x</script>', 'confirmed', '<b>', source='<i>').html()
     assert '<script' not in html and '<b><b>' not in html and '<i>' not in html
 
 @pytest.mark.parametrize('bad', [dict(row='x'), dict(row=''), dict(row=1.5), dict(text=''), dict(text=None), dict(verdict='true'), dict(verdict='cited'), dict(verdict='cited', source=' '), dict(measured=None), dict(measured=math.nan),
                                  dict(measured={'a': math.inf}), dict(measured=[]), dict(measured={}), dict(measured=''), dict(measured=object()), dict(measured=[None]), dict(measured=torch.tensor([1., math.nan])), dict(seeds=['a']), dict(seeds=1.5)])
 def test_claim_refuses(bad):
-    with pytest.raises((TypeError, ValueError)): make_claim(**{**dict(row='1', text='it is so', verdict='confirmed', measured=1.), **bad})
+    with pytest.raises((TypeError, ValueError)): Claim(**{**dict(row='1', text='it is so', verdict='confirmed', measured=1.), **bad})
 
 def test_claim_outside_a_notebook(capsys):
     claim('17', 'it is so', 'confirmed', {'gap': np.float32(.5), 'n': torch.tensor(3_000)}, seeds=0)
