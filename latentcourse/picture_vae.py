@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['PICTURE_VAE', 'PICTURE_AE', 'STUDIES', 'picture_nll', 'best_variance', 'bits_per_dim', 'PictureVaeCfg', 'PictureVae',
-           'kl_parts', 'free_bits', 'picture_loss', 'build_picture_vae', 'large_pictures', 'learn_picture_vae',
-           'examine_picture_vae', 'train_picture_vae', 'load_picture_vae', 'split_kl', 'blurred', 'active_units',
-           'study_pictures', 'collapse_point']
+           'kl_parts', 'free_bits', 'picture_loss', 'build_picture_vae', 'large_pictures', 'picture_block',
+           'picture_stream', 'learn_picture_vae', 'examine_picture_vae', 'train_picture_vae', 'load_picture_vae',
+           'split_kl', 'blurred', 'active_units', 'study_pictures', 'collapse_point']
 
 # %% ../nbs/03a_picture_vae.ipynb #c001
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 import torch
 from einops import rearrange
@@ -58,10 +58,10 @@ class PictureVaeCfg:
     beta:float=1.     # weight of the KL, both terms summed; 0: a plain autoencoder, without noise
     d:int=64          # numbers in a latent
     k:int=32          # channels of the last map, 8 times smaller than the picture
-    width:int=32      # channels of the first stage
+    width:int=24      # channels of the first stage
     depth:int=1       # residual blocks a stage
     size:int=32       # side of the pictures
-    steps:int=6_000   # training steps
+    steps:int=2_000   # training steps
     batch:int=32      # scenes a step
     lr:float=2e-3     # peak learning rate
     seed:int=0        # seeds the weights
@@ -73,7 +73,7 @@ PICTURE_AE = {k: replace(cfg, beta=0.) for k, cfg in PICTURE_VAE.items()} # the 
 # %% ../nbs/03a_picture_vae.ipynb #c006
 class PictureVae(nn.Module):
     "Chapter 2's stages around one vector, with a normal posterior and a decoder of constant variance."
-    def __init__(self, d=64, k=32, width=32, depth=1, size=32):
+    def __init__(self, d=64, k=32, width=24, depth=1, size=32):
         super().__init__()
         if size % 8 or min(d, k, width, depth) < 1: raise ValueError(f'size {size}, {d=}, {k=}, {width=}, {depth=}: expected a multiple of 8, and numbers above 0')
         self.d, self.k, self.size, self.side = d, k, size, size // 8
@@ -144,6 +144,21 @@ def large_pictures(
     scene = scenes(seeds, given=LARGE)
     return draw(scene.to('cuda') if torch.cuda.is_available() else scene, size)
 
+@lru_cache(maxsize=2)
+def picture_block(
+    i:int,    # which block of 256 scenes
+    size:int, # side in pixels
+)->Tensor:    # `256 3 size size`
+    "Consecutive scenes, drawn together: three times faster than thirty at a time."
+    return large_pictures(torch.arange(256) + 256 * i, size)
+
+def picture_stream(
+    seeds:Tensor, # `b` int64 scene seeds, in order
+    size:int=32,  # side in pixels
+)->Tensor:        # `b 3 size size`
+    "The pictures of consecutive scenes, drawn in blocks."
+    return torch.cat([picture_block(i, size)[seeds[seeds // 256 == i] % 256] for i in (seeds // 256).unique().tolist()])
+
 def learn_picture_vae(
     model:nn.Module,      # to train
     cfg:PictureVaeCfg,    # configuration
@@ -156,7 +171,7 @@ def learn_picture_vae(
     loss = lambda x: picture_loss(model, x.contiguous(memory_format=torch.channels_last), cfg.beta)
     n = steps or cfg.steps
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.)
-    yield from fit(loss, model, Batches(lambda seeds: large_pictures(seeds, cfg.size), cfg.batch, seed=cfg.first), n, opt=opt, warmup=min(100, n // 4),
+    yield from fit(loss, model, Batches(lambda seeds: picture_stream(seeds, cfg.size), cfg.batch, seed=cfg.first), n, opt=opt, warmup=min(100, n // 4),
                    precision='bf16' if bf16_helps() else 'no', out=out, resume=resume, cfg=cfg, progress=progress)
 
 # %% ../nbs/03a_picture_vae.ipynb #c011
