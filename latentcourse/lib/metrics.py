@@ -11,7 +11,7 @@ __all__ = ['psnr', 'ssim', 'features_of', 'frechet_distance', 'kernel_distance',
 import math
 import torch
 from torch import Tensor, nn
-from einops import rearrange, reduce
+from einops import reduce
 from .viz import check_images
 
 # %% ../../nbs/lib/metrics.ipynb #c005

@@ -9,7 +9,6 @@ __all__ = ['THEMES', 'CONCEPTS', 'colour_of', 'palette_png', 'style', 'check_ima
 # %% ../../nbs/lib/viz.ipynb #c002
 import io, math, textwrap
 import numpy as np
-import torch
 from torch import Tensor
 import torch.nn.functional as F
 from einops import rearrange
