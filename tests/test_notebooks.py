@@ -1,21 +1,38 @@
 "Every notebook runs from top to bottom in a real kernel, offline, within its time, and shows again what is committed."
 import json, os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 import pytest
 from course import CHAPTERS, NOTEBOOKS, cells, name_of
 
 LIMIT = float(os.environ.get('LATENTCOURSE_CHAPTER_SECONDS', '75' if (os.cpu_count() or 1) >= 2 else '150'))  # a slow machine may allow more
 TIMES = {}
 
-@pytest.mark.slow
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=name_of)
-def test_notebook_runs(path, tmp_path, record_property):
+@pytest.fixture(scope='module')
+def run_page(request, tmp_path_factory):
+    "Run a page. A chapter is timed, and has the machine to itself; the first other page that is asked for starts all of them, two at a time."
     from latentcourse.lib.pages import execute
-    ran = execute(path, tmp_path / path.name, timeout=300)
+    folder = tmp_path_factory.mktemp('pages')
+    others = list(dict.fromkeys(i.callspec.params['path'] for i in request.session.items if i.fspath == request.fspath and hasattr(i, 'callspec')))
+    others, started = [p for p in others if p not in CHAPTERS], {}
+    def run(path, **k): return execute(path, folder / f'{name_of(path).replace("/", ".")}.ipynb', timeout=300, **k)
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        def result(path):
+            if path in CHAPTERS: return run(path)
+            if not started: started.update({p: pool.submit(run, p, env={'OMP_NUM_THREADS': '1'}) for p in others})
+            return started[path].result()
+        yield result
+        pool.shutdown(cancel_futures=True)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', sorted(NOTEBOOKS, key=lambda p: p not in CHAPTERS), ids=name_of)
+def test_notebook_runs(path, run_page, record_property):
+    ran = run_page(path)
     TIMES[name_of(path)] = ran['seconds'], ran['peak_mb']
     record_property('seconds', ran['seconds'])
     e = ran['error']
     assert e is None, f"cell {e['cell']}: {e['message']}\n{e['source']}"
-    now = json.loads((tmp_path / path.name).read_text(encoding='utf-8'))['cells']
+    now = json.loads(Path(ran['copy']).read_text(encoding='utf-8'))['cells']
     shown = lambda c: {o['output_type'] for o in c.get('outputs', []) if o.get('name') != 'stderr'}
     stale = [i for i, (a, b) in enumerate(zip(cells(path), now)) if a['cell_type'] == 'code' and shown(a) != shown(b)]
     assert not stale, f'cells {stale} show something else than what is committed: run the notebook and commit its outputs'
