@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LinearModel', 'check_linear', 'cholesky', 'log_gauss', 'log_evidence', 'posterior', 'log_mean', 'variance_penalty',
            'wide', 'check_normal', 'kl_normal', 'kl_std_normal', 'kl_full', 'linear_elbo', 'diagonal_gap',
-           'sample_latent', 'pathwise_gradient', 'score_gradient', 'vae_terms', 'likelihood_constant', 'beta_vae_loss',
-           'LinearVae', 'best_linear', 'water_filling', 'active_units', 'effective_samples']
+           'sample_latent', 'check_noise', 'pathwise_gradient', 'score_gradient', 'vae_terms', 'likelihood_constant',
+           'beta_vae_loss', 'LinearVae', 'best_linear', 'water_filling', 'active_units', 'effective_samples']
 
 # %% ../nbs/03_vae.ipynb #c002
 import math
@@ -50,6 +50,7 @@ def log_gauss(
 )->Tensor:      # `b` log density
     "Log density of a normal law with any covariance."
     L = cholesky(cov)
+    if x.ndim != 2 or cov.shape != (x.shape[1],) * 2: raise ValueError(f'expected points (b, d) and a covariance (d, d), got {tuple(x.shape)} and {tuple(cov.shape)}')
     r = torch.linalg.solve_triangular(L, (x - m).T, upper=False)          # `d b` uncorrelated, of variance 1
     return -0.5 * (r.square().sum(0) + x.shape[1] * math.log(2 * math.pi)) - L.diagonal().log().sum()
 
@@ -154,6 +155,7 @@ def linear_elbo(
     "Evidence lower bound of the linear model for a normal q, exactly, eq. (3.14)."
     check_linear(model, x)
     W, m, var = model
+    if mu.shape != (len(x), W.shape[1]): raise ValueError(f'expected one mean of {W.shape[1]} values a point, got {tuple(mu.shape)} for {len(x)} points')
     squared = (x - m - mu @ W.T).square().sum(1) + torch.einsum('di,...ij,dj->...', W, cov, W)
     prior = torch.zeros(mu.shape[1], dtype=x.dtype), torch.eye(mu.shape[1], dtype=x.dtype)
     return -squared / (2 * var) - len(m) / 2 * math.log(2 * math.pi * var) - kl_full(mu, cov, *prior)
@@ -163,6 +165,7 @@ def diagonal_gap(
     model:LinearModel, # decoder and noise
 )->Tensor:             # `` nats
     "What the best q with independent values loses against the true posterior, eq. (3.15)."
+    check_linear(model, model.m[None])
     M = torch.eye(model.W.shape[1], dtype=model.W.dtype) + model.W.T @ model.W / model.var
     return 0.5 * (M.diagonal().log().sum() - torch.linalg.slogdet(M).logabsdet)
 
@@ -179,6 +182,16 @@ def sample_latent(
     return mu + (0.5 * logvar).exp() * eps
 
 # %% ../nbs/03_vae.ipynb #c061
+def check_noise(
+    mu:Tensor,     # `d` mean
+    logvar:Tensor, # `d` log-variance
+    eps:Tensor,    # `n d` noise
+)->None:
+    "Refuse noise that does not fit the law it is to be placed by."
+    check_normal(mu[None], logvar[None])
+    if eps.ndim != 2 or eps.shape[1:] != mu.shape or not len(eps): raise ValueError(f'expected noise (n, d) for a mean (d), got {tuple(eps.shape)} and {tuple(mu.shape)}')
+
+# %% ../nbs/03_vae.ipynb #c062
 def pathwise_gradient(
     f,             # callable, points `n d` -> values `n`, differentiable
     mu:Tensor,     # `d` mean
@@ -186,6 +199,7 @@ def pathwise_gradient(
     eps:Tensor,    # `n d` standard normal noise
 )->Tensor:         # `n d` one estimate of the gradient in `mu` for each draw
     "Gradient of an expectation by moving the draws, eq. (3.17)."
+    check_noise(mu, logvar, eps)
     z = (mu + (0.5 * logvar).exp() * eps).detach().requires_grad_()
     return torch.autograd.grad(f(z).sum(), z)[0]
 
@@ -197,10 +211,11 @@ def score_gradient(
     baseline:float=0., # subtracted from f
 )->Tensor:             # `n d` one estimate of the gradient in `mu` for each draw
     "Gradient of an expectation by weighting the draws, eq. (3.18)."
+    check_noise(mu, logvar, eps)
     sigma = (0.5 * logvar).exp()
     return torch.einsum('n,nd->nd', f(mu + sigma * eps) - baseline, eps / sigma)
 
-# %% ../nbs/03_vae.ipynb #c070
+# %% ../nbs/03_vae.ipynb #c071
 def vae_terms(
     x:Tensor,      # `b ...` data
     x_hat:Tensor,  # `b ...` decoded mean
@@ -211,6 +226,7 @@ def vae_terms(
     "The two terms of the negative ELBO, without the constant of eq. (3.20)."
     if x.shape != x_hat.shape or x.ndim < 2 or len(x) != len(mu): raise ValueError(f'expected data and decoded mean of one shape (b, ...), and b posteriors; got {tuple(x.shape)}, {tuple(x_hat.shape)} and {tuple(mu.shape)}')
     if not 0 < var < math.inf: raise ValueError(f'the variance is {var}: expected a positive number')
+    if not (x_hat.requires_grad or (x - x_hat).isfinite().all()): raise ValueError('x or x_hat holds NaN or infinite values')
     return wide(x - x_hat).square().flatten(1).sum(1) / (2 * var), kl_std_normal(mu, logvar)
 
 def likelihood_constant(
@@ -221,7 +237,7 @@ def likelihood_constant(
     if n < 1 or not 0 < var < math.inf: raise ValueError(f'expected at least one value and a positive variance, got {n} and {var}')
     return n / 2 * math.log(2 * math.pi * var)
 
-# %% ../nbs/03_vae.ipynb #c073
+# %% ../nbs/03_vae.ipynb #c074
 def beta_vae_loss(
     x:Tensor,      # `b ...` data
     x_hat:Tensor,  # `b ...` mean decoded from one draw of z
@@ -235,7 +251,7 @@ def beta_vae_loss(
     rec, kl = vae_terms(x, x_hat, mu, logvar, var)
     return rec + beta * kl
 
-# %% ../nbs/03_vae.ipynb #c078
+# %% ../nbs/03_vae.ipynb #c079
 class LinearVae(nn.Module):
     "Linear encoder and decoder, one posterior variance per latent coordinate."
     def __init__(self, d, k): # d: values of a point, k: latents
@@ -247,7 +263,7 @@ class LinearVae(nn.Module):
         logvar = self.logvar.expand_as(mu)
         return self.decoder(sample_latent(mu, logvar)), mu, logvar
 
-# %% ../nbs/03_vae.ipynb #c081
+# %% ../nbs/03_vae.ipynb #c082
 def best_linear(
     x:Tensor,      # `n d` data
     k:int,         # latents
@@ -262,7 +278,7 @@ def best_linear(
     lam, U = lam.flip(0)[:k], U.flip(1)[:, :k]
     return LinearModel(U * (lam - beta * var).clamp(min=0).sqrt(), x.mean(0), var)
 
-# %% ../nbs/03_vae.ipynb #c090
+# %% ../nbs/03_vae.ipynb #c091
 def water_filling(
     lam:Tensor,  # `d` variances of the data along its principal directions
     level:float, # beta times sigma squared, positive
@@ -272,7 +288,7 @@ def water_filling(
     if not 0 < level < math.inf: raise ValueError(f'the level is {level}: expected a positive number')
     return 0.5 * (lam / level).clamp(min=1).log().sum(), lam.clamp(max=level).sum()
 
-# %% ../nbs/03_vae.ipynb #c093
+# %% ../nbs/03_vae.ipynb #c094
 def active_units(
     mu:Tensor,      # `n ...` posterior means of many samples
     tol:float=.01,  # smallest variance over the samples that counts
@@ -281,7 +297,7 @@ def active_units(
     if mu.ndim < 2 or len(mu) < 2 or not mu.isfinite().all(): raise ValueError(f'expected finite posterior means of two or more samples, got {tuple(mu.shape)}')
     return int((mu.flatten(1).var(0) > tol).sum())
 
-# %% ../nbs/03_vae.ipynb #c102
+# %% ../nbs/03_vae.ipynb #c103
 def effective_samples(
     log_w:Tensor, # `K b` log weights, one column a point
 )->Tensor:        # `b` from 1 to K

@@ -214,6 +214,8 @@ REFUSED = [
     lambda: vae.kl_full(X, torch.eye(4, dtype=torch.float64), X, torch.eye(5, dtype=torch.float64)), lambda: vae.kl_full(X, normals(0, 5, 5), X, torch.eye(5, dtype=torch.float64)),
     lambda: vae.log_mean(torch.zeros(0, 3)), lambda: vae.log_mean(torch.zeros(3)), lambda: vae.log_mean(NAN), lambda: vae.effective_samples(NAN), lambda: vae.effective_samples(torch.zeros(3)),
     lambda: vae.vae_terms(OK, torch.zeros(2, 4), OK, OK), lambda: vae.vae_terms(torch.zeros(3, 4), torch.zeros(3, 4), OK, OK), lambda: vae.vae_terms(OK, OK, OK, OK, 0.), lambda: vae.vae_terms(OK, OK, OK, OK, math.nan),
+    lambda: vae.vae_terms(OK, NAN, OK, OK), lambda: vae.linear_elbo(M, X, X, torch.eye(3, dtype=torch.float64)), lambda: vae.diagonal_gap(M._replace(var=0.)), lambda: vae.log_gauss(X, M.m, torch.eye(4, dtype=torch.float64)),
+    lambda: vae.pathwise_gradient(torch.sum, OK[0], OK[0], torch.zeros(4, 2)), lambda: vae.score_gradient(torch.sum, OK[0], NAN[0], torch.zeros(4, 3)), lambda: vae.score_gradient(torch.sum, OK[0], OK[0], torch.zeros(0, 3)),
     lambda: vae.likelihood_constant(0), lambda: vae.likelihood_constant(3, -1.), lambda: vae.beta_vae_loss(OK, OK, OK, OK, -1.), lambda: vae.beta_vae_loss(OK, OK, OK, OK, math.nan),
     lambda: vae.best_linear(X, 6), lambda: vae.best_linear(X, 0), lambda: vae.best_linear(X[:1], 2), lambda: vae.best_linear(X * math.nan, 2), lambda: vae.best_linear(X, 2, -1.), lambda: vae.best_linear(X, 2, 1., 0.),
     lambda: vae.water_filling(torch.tensor([1.]), 0.), lambda: vae.water_filling(torch.tensor([-1.]), 1.), lambda: vae.water_filling(torch.zeros(0), 1.),
