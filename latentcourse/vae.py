@@ -163,7 +163,7 @@ def linear_elbo(
 # %% ../nbs/03_vae.ipynb #c053
 def diagonal_gap(
     model:LinearModel, # decoder and noise
-)->Tensor:             # `` nats
+)->Tensor:             # `()` nats
     "What the best q with independent values loses against the true posterior, eq. (3.15)."
     check_linear(model, model.m[None])
     M = torch.eye(model.W.shape[1], dtype=model.W.dtype) + model.W.T @ model.W / model.var
