@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from latentcourse import klf8
-from latentcourse.klf8 import KLF8, SPELLINGS, LatentNormal, from_diffusers, respell, to_diffusers
+from latentcourse.klf8 import KLF8, KLF8_SPELLINGS, LatentNormal, from_diffusers, respell, to_diffusers
 from latentcourse.lib.checkpoint import CorruptCheckpoint, MissingCheckpoint, UnreadableCheckpoint, WrongConfig, WrongState
 
 SMALL = (32, 32, 64, 96)
@@ -147,7 +147,7 @@ def test_work_is_what_the_syllabus_says():
 
 # ---- names ----------------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('a, b', itertools.product(SPELLINGS, SPELLINGS))
+@pytest.mark.parametrize('a, b', itertools.product(KLF8_SPELLINGS, KLF8_SPELLINGS))
 def test_spellings_translate_into_each_other(a, b):
     for m in (small(), small(depth=1, quant=False), small(depth=3)):
         state = respell(m.state_dict(), a)
@@ -191,7 +191,7 @@ def test_diffusers_reads_our_folder_and_we_read_theirs(tmp_path):
             assert gap(z, ref.encode(x).latent_dist.mode()) < 1e-5 and gap(back.decode(z), ref.decode(z).sample) < 1e-5
         assert all(torch.equal(v, ours.state_dict()[k]) for k, v in back.state_dict().items())
 
-@pytest.mark.parametrize('spelling', SPELLINGS)
+@pytest.mark.parametrize('spelling', KLF8_SPELLINGS)
 def test_single_files_in_every_spelling(spelling, tmp_path):
     m = small(dtype=torch.float32)
     state = {k: v.half().contiguous() for k, v in respell(m.state_dict(), spelling).items()}
