@@ -32,7 +32,7 @@ def ae_loss(
     "What a reconstruction misses, per picture, eq. (2.1)."
     if p not in (1, 2): raise ValueError(f'p is {p!r}: expected 1 (absolute) or 2 (squared)')
     if x.shape != x_hat.shape or not x.numel(): raise ValueError(f'pictures of shape {tuple(x.shape)} and reconstructions of shape {tuple(x_hat.shape)}: expected the same, and not empty')
-    return (x.float() - x_hat.float()).abs().pow(p).flatten(1).mean(1)
+    return (x - x_hat).abs().pow(p).flatten(1).mean(1)
 
 # %% ../nbs/02_autoencoder.ipynb #c013
 class Compression(NamedTuple):
@@ -116,7 +116,7 @@ def conv_transpose2d_paint(
     "A transposed convolution: each value paints the kernel, eqs. (2.6), (2.7)."
     (h, w), kernel = size, weight.shape[-1]
     want = (weight.shape[0], *(out_side(n, kernel, stride, padding, dilation) for n in size))
-    if tuple(y.shape[1:]) != want: raise ValueError(f'y has shape {tuple(y.shape)}: the convolution makes (b, {want[0]}, {want[1]}, {want[2]}) of maps of side {h} and {w}')
+    if tuple(y.shape[1:]) != want: raise ValueError(f'y has shape {tuple(y.shape)}: expected (b, {want[0]}, {want[1]}, {want[2]}), which this convolution makes of maps of {h} × {w}')
     rows, cols = (stride * torch.arange(n)[:, None] + dilation * torch.arange(kernel) for n in y.shape[2:])
     strokes = einsum(y, weight, 'b o i j, o c u v -> b c i u j v')
     canvas = y.new_zeros(len(y), weight.shape[1], (h + 2 * padding) * (w + 2 * padding))
@@ -325,7 +325,7 @@ def linear_loss(
     A:Tensor, # `m n` encoder
     B:Tensor, # `n m` decoder
     C:Tensor, # `n n` covariance of the data
-)->Tensor:    # `` expected squared error, summed over coordinates
+)->Tensor:    # `()` expected squared error, summed over coordinates
     "The loss of a linear autoencoder, eq. (2.11)."
     if A.shape != B.T.shape or C.shape != (len(B), len(B)): raise ValueError(f'A {tuple(A.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)}: expected (m, n), (n, m) and (n, n)')
     R = torch.eye(len(C), dtype=C.dtype, device=C.device) - B @ A
@@ -335,7 +335,7 @@ def linear_loss(
 def dropped(
     C:Tensor, # `n n` covariance of the data
     m:int,    # numbers that are kept
-)->Tensor:    # `` sum of the smallest n - m eigenvalues
+)->Tensor:    # `()` sum of the smallest n - m eigenvalues
     "The least error of a linear autoencoder, eq. (2.12)."
     if C.ndim != 2 or C.shape[0] != C.shape[1] or not 0 <= m <= len(C): raise ValueError(f'C {tuple(C.shape)} and m = {m}: expected a square matrix and 0 to {len(C)}')
     if not C.isfinite().all() or (C - C.T).abs().max() > 1e-6 * C.abs().max(): raise ValueError('C is not symmetric and finite: expected a covariance')
