@@ -216,7 +216,7 @@ def fit_codes(
     "A density of codes, fitted after training: a normal with full covariance, or a mixture of them."
     from sklearn.mixture import GaussianMixture
     if z.ndim != 2 or len(z) < 2 * parts or not z.isfinite().all(): raise ValueError(f'z has shape {tuple(z.shape)}: expected finite codes (n, d), at least {2 * parts} of them')
-    return GaussianMixture(parts, covariance_type='full', reg_covar=1e-3, random_state=seed, max_iter=30).fit(z.double().cpu().numpy())
+    return GaussianMixture(parts, covariance_type='full', reg_covar=1e-3, random_state=seed, max_iter=15).fit(z.double().cpu().numpy())
 
 # %% ../nbs/03a_picture_vae.ipynb #c056
 def kl_parts(
@@ -238,7 +238,7 @@ def blurred(
     f2 = torch.fft.fftfreq(x.shape[-2], device=x.device)[:, None]**2 + torch.fft.fftfreq(x.shape[-1], device=x.device)**2
     return torch.fft.ifft2(torch.fft.fft2(x) * torch.exp(-2 * (math.pi * s)**2 * f2)).real.to(x.dtype)
 
-# %% ../nbs/03a_picture_vae.ipynb #c081
+# %% ../nbs/03a_picture_vae.ipynb #c082
 @cache
 def study_pictures(): # `3200 3 32 32` to learn from, `500 3 32 32` to look at
     return [torch.cat([large_pictures(s) for s in split_seeds(split, 0, n).split(500)]).cpu() for split, n in (('train', 3200), ('valid', 500))]
@@ -267,7 +267,7 @@ STUDIES = {s.name: s for s in (
     Study('picture-vae-collapse', collapse_point, grid({'beta': (.01, .1, 1., 10., 30., 96., 300., 1000., 3000.)}), (0, 1, 2), 'A small VAE on 32 × 32 toys, 32 numbers in the latent, pixel variance 0.05, both terms summed.'),
     Study('picture-vae-remedies', collapse_point, grid({'beta': (30.,), 'remedy': ('warm-up', 'free bits')}), (0, 1, 2), 'The same at weight 30, with a remedy against collapse.'))}
 
-# %% ../nbs/03a_picture_vae.ipynb #c092
+# %% ../nbs/03a_picture_vae.ipynb #c093
 def free_bits(
     mu:Tensor,     # `b d` posterior means
     logvar:Tensor, # `b d` posterior log-variances
