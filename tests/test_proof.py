@@ -1,5 +1,5 @@
 "`make proof`: perturb the function under each numbered equation, and a check that names the equation must notice."
-import ast, contextlib, re
+import ast, contextlib, linecache, re
 from functools import lru_cache
 import pytest
 from course import CHAPTERS, code_of, name_of, text_of, tree_of
@@ -86,7 +86,9 @@ def noticed(path):
     for i, c in enumerate(code_of(path)[:last + 1]):
         if re.search(r'^#\|\s*eval:\s*false', c['source'], re.M): continue
         tree, seen = tree_of(c['source']), set()
-        code = lambda t: compile(t, f'{name_of(path)} cell {i}', 'exec')
+        file = f'{name_of(path)} cell {i}'
+        code = lambda t: compile(t, file, 'exec')
+        linecache.cache[file] = (len(c['source']), None, c['source'].splitlines(True), file)  # a study marks the code of its function
         if space.get('agree'): space['agree'] = watched(agree, None, seen)
         before = dict(space)
         exec(code(tree), space)
