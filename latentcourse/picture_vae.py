@@ -192,7 +192,7 @@ def load_picture_vae(
     cfg = (PICTURE_VAE if name == 'picture_vae' else PICTURE_AE)['CPU']
     return train_or_load(name, cfg, lambda cfg: train_picture_vae(name, cfg), build=build_picture_vae, probe=(2, 3, cfg.size, cfg.size))
 
-# %% ../nbs/03a_picture_vae.ipynb #c048
+# %% ../nbs/03a_picture_vae.ipynb #c049
 def split_kl(
     mu:Tensor,     # `b d` posterior means of many pictures
     logvar:Tensor, # `b d` posterior log-variances
@@ -207,7 +207,7 @@ def split_kl(
     mixed, prior = pairs.logsumexp(1) - math.log(len(mu)), log_normal(z**2, torch.zeros_like(z))
     return given - mixed, mixed - prior
 
-# %% ../nbs/03a_picture_vae.ipynb #c053
+# %% ../nbs/03a_picture_vae.ipynb #c054
 def fit_codes(
     z:Tensor,          # `n d` codes
     parts:int=1,       # normals in the mixture
@@ -218,7 +218,7 @@ def fit_codes(
     if z.ndim != 2 or len(z) < 2 * parts or not z.isfinite().all(): raise ValueError(f'z has shape {tuple(z.shape)}: expected finite codes (n, d), at least {2 * parts} of them')
     return GaussianMixture(parts, covariance_type='full', reg_covar=1e-3, random_state=seed, max_iter=15).fit(z.double().cpu().numpy())
 
-# %% ../nbs/03a_picture_vae.ipynb #c056
+# %% ../nbs/03a_picture_vae.ipynb #c057
 def kl_parts(
     mu:Tensor,     # `b d` posterior means
     logvar:Tensor, # `b d` posterior log-variances
@@ -227,7 +227,7 @@ def kl_parts(
     check_normal(mu, logvar)
     return rearrange(kl_std_normal(mu.reshape(-1, 1), logvar.reshape(-1, 1)), '(b d) -> b d', b=len(mu))
 
-# %% ../nbs/03a_picture_vae.ipynb #c068
+# %% ../nbs/03a_picture_vae.ipynb #c069
 def blurred(
     x:Tensor,  # `b c h w` pictures
     s:float,   # standard deviation in pixels
@@ -238,7 +238,7 @@ def blurred(
     f2 = torch.fft.fftfreq(x.shape[-2], device=x.device)[:, None]**2 + torch.fft.fftfreq(x.shape[-1], device=x.device)**2
     return torch.fft.ifft2(torch.fft.fft2(x) * torch.exp(-2 * (math.pi * s)**2 * f2)).real.to(x.dtype)
 
-# %% ../nbs/03a_picture_vae.ipynb #c082
+# %% ../nbs/03a_picture_vae.ipynb #c083
 @cache
 def study_pictures(): # `3200 3 32 32` to learn from, `500 3 32 32` to look at
     return [torch.cat([large_pictures(s) for s in split_seeds(split, 0, n).split(500)]).cpu() for split, n in (('train', 3200), ('valid', 500))]
@@ -267,7 +267,7 @@ STUDIES = {s.name: s for s in (
     Study('picture-vae-collapse', collapse_point, grid({'beta': (.01, .1, 1., 10., 30., 96., 300., 1000., 3000.)}), (0, 1, 2), 'A small VAE on 32 × 32 toys, 32 numbers in the latent, pixel variance 0.05, both terms summed.'),
     Study('picture-vae-remedies', collapse_point, grid({'beta': (30.,), 'remedy': ('warm-up', 'free bits')}), (0, 1, 2), 'The same at weight 30, with a remedy against collapse.'))}
 
-# %% ../nbs/03a_picture_vae.ipynb #c093
+# %% ../nbs/03a_picture_vae.ipynb #c094
 def free_bits(
     mu:Tensor,     # `b d` posterior means
     logvar:Tensor, # `b d` posterior log-variances
