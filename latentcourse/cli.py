@@ -155,8 +155,12 @@ def record_study(
     typer.echo(json.dumps(points, indent=1) if as_json else f'{name}: {len(points)} points in {study_file(name)}')
 
 # %% ../nbs/cli.ipynb #c020
-MODELS = {'teacher': ('latentcourse.oracle', 'train_oracle', 'TEACHER', (2, 3, 64, 64)),
-          'judge':   ('latentcourse.oracle', 'train_oracle', 'JUDGE', (2, 3, 64, 64))}
+MODELS = {'teacher':     ('latentcourse.oracle', 'train_oracle', 'TEACHER', (2, 3, 64, 64)),
+          'judge':       ('latentcourse.oracle', 'train_oracle', 'JUDGE', (2, 3, 64, 64)),
+          'ae':          ('latentcourse.autoencoder', 'train_ae', 'AE', (2, 3, 64, 64)),
+          'picture_vae': ('latentcourse.picture_vae', 'train_picture_vae', 'PICTURE_VAE', lambda cfg: (2, 3, cfg.size, cfg.size)),
+          'picture_ae':  ('latentcourse.picture_vae', 'train_picture_vae', 'PICTURE_AE', lambda cfg: (2, 3, cfg.size, cfg.size)),
+          'perceptual':  ('latentcourse.perceptual', 'train_perceptual', 'PERCEPTUAL', (2, 224))}
 
 # %% ../nbs/cli.ipynb #c021
 def config_of(
@@ -179,7 +183,7 @@ def config_of(
 def train(
     name:str=typer.Argument(..., help='Model to train: ' + ', '.join(MODELS) + '.'),
     preset:str=typer.Option(None, help='CPU or GPU; by default what this machine has.'),
-    data:str=typer.Option('toybox', help='What to learn from; the teacher and the judge learn from toybox scenes alone.'),
+    data:str=typer.Option('toybox', help='What to learn from; so far every model learns from toybox scenes.'),
     out:Path=typer.Option(None, help='Folder for the state and the checkpoint; by default runs/train/NAME.'),
     resume:bool=typer.Option(True, '--resume/--no-resume', help='Go on from the last state in that folder, or start again.'),
     steps:int=typer.Option(None, min=1, help='Training steps, instead of the preset\'s.'),
@@ -189,15 +193,16 @@ def train(
     out = out or Path(os.environ.get('LATENTCOURSE_RUNS') or 'runs') / 'train' / name
     with one_line_errors(f'If a state was kept, it is {out / "state.safetensors"}; the same command goes on from there.'):
         cfg, train_model = config_of(name, preset, {'steps': steps, 'seed': seed})
-        if data != 'toybox': raise UnknownName(f'{name} cannot learn from {data!r}: it needs exact labels, which only toybox scenes have')
+        if data != 'toybox': raise UnknownName(f'{name} cannot learn from {data!r}: it learns from toybox scenes alone')
         if not resume:
-            for old in out.glob('state.*'): old.unlink()
+            for old in out.rglob('state.*'): old.unlink()
         say(f'training {name} into {out}: {cfg}')
         from latentcourse.lib.checkpoint import save_model
         model, facts = train_model(name, cfg, out=out, resume=resume, progress=sys.stderr.isatty())
-        where = save_model(out / f'{name}.safetensors', model, cfg, facts, probe=MODELS[name][3])
+        probe = MODELS[name][3]
+        where = save_model(out / f'{name}.safetensors', model, cfg, facts, probe=probe(cfg) if callable(probe) else probe)
         typer.echo(f'{name}: kept as {where}')
-        for k, v in facts.get('evaluation', {}).items(): typer.echo(f"  {k:<12} {100 * v['mean']:.2f} % right of {v['n']}")
+        for k, v in facts.get('evaluation', {}).items(): typer.echo(f"  {k:<12} {v['mean']:.4g} ± {v['std'] / v['n']**.5:.1g}, mean of {v['n']:,}")
 
 # %% ../nbs/cli.ipynb #c025
 @app.command(context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})

@@ -108,7 +108,7 @@ def test_ctrl_c_is_130(tmp_path):
     (['run', '--nbs', 'no/such/folder'], 1, 'not a folder'),
     (['run', '--timeout', '0'], 2, ''),
     (['run', '--timeout', 'soon'], 2, ''),
-    (['train', 'unicorn'], 2, 'there are: teacher, judge'),
+    (['train', 'unicorn'], 2, 'there are: teacher, judge, ae'),
     (['train', 'teacher', '--preset', 'TPU'], 2, 'CPU'),
     (['train', 'teacher', '--data', 'cifar10'], 2, 'toybox'),
     (['train', 'teacher', '--steps', '-3'], 2, ''),
@@ -207,7 +207,7 @@ def test_train_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch):
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2)), {'minutes': 0., 'evaluation': {'toy': {'mean': .5, 'std': .5, 'n': 4}}}
     monkeypatch.setattr(oracle, 'train_oracle', train_oracle)
     done = call('train', 'judge', '--preset', 'cpu', '--steps', '7', '--seed', '3', '--out', tmp_path)
-    assert done.exit_code == 0 and '50.00 % right of 4' in done.stdout and (tmp_path / 'judge.safetensors').exists(), done.output
+    assert done.exit_code == 0 and '0.5 ± 0.2, mean of 4' in done.stdout and (tmp_path / 'judge.safetensors').exists(), done.output
     (tmp_path / 'state.safetensors').write_bytes(b'')
     assert call('train', 'judge', '--no-resume', '--out', tmp_path).exit_code == 0
     assert seen[0][:4] == ('judge', 7, 3, True) and seen[1][3] is False and 'state.safetensors' not in seen[1][4]

@@ -50,6 +50,7 @@ def grid(
     return tuple(dict(zip(axes, v)) for v in itertools.product(*axes.values()))
 
 # %% ../../nbs/lib/study.ipynb #c010
+@cache # of the code as it was when first asked: a module exported again during a sweep is not what runs
 def code_mark(
     f,    # function
 )->str:   # eight hexadecimal digits
