@@ -90,7 +90,8 @@ def test_run_survives_a_kernel_that_dies(tmp_path):
 @pytest.mark.skipif(os.name == 'nt', reason='no SIGINT to another process')
 def test_ctrl_c_is_130(tmp_path):
     page(tmp_path / 'nbs', '00_slow', f'import os, time\nopen({str(tmp_path / "on")!r}, "w").write(str(os.getpid()))\ntime.sleep(60)')
-    p = subprocess.Popen([sys.executable, '-m', 'latentcourse', 'run', '--nbs', str(tmp_path / 'nbs')], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-m', 'latentcourse', 'run', '--nbs', str(tmp_path / 'nbs')], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # a shell's `&` has its children ignore Ctrl-C
     for _ in range(600):
         if (tmp_path / 'on').exists() and (tmp_path / 'on').read_text(): break
         time.sleep(.1)
