@@ -39,7 +39,7 @@ def cholesky(
     if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2]: raise ValueError(f'expected a covariance (k, k), got {tuple(cov.shape)}')
     if not torch.allclose(cov, cov.mT, rtol=1e-4, atol=1e-6): raise ValueError('a covariance is symmetric; this matrix is not')
     factor, info = torch.linalg.cholesky_ex(cov)
-    if info.any() or not factor.isfinite().all(): raise ValueError('a covariance has positive eigenvalues; this matrix has not')
+    if info.any() or not factor.isfinite().all(): raise ValueError(f'a covariance has positive eigenvalues; in {cov.dtype} this matrix has not')
     return factor
 
 # %% ../nbs/03_vae.ipynb #c011
@@ -61,7 +61,9 @@ def log_evidence(
 )->Tensor:             # `b` log p(x) in nats
     "Log evidence of the linear model, exactly, eq. (3.2)."
     check_linear(model, x)
-    return log_gauss(x, model.m, model.W @ model.W.T + model.var * torch.eye(len(model.m), dtype=x.dtype))
+    W, m = model.W.double(), model.m.double()                              # a small variance drowns in single precision
+    cov = W @ W.T + model.var * torch.eye(len(m), dtype=W.dtype, device=W.device)
+    return log_gauss(x.double(), m, cov).to(x.dtype)
 
 # %% ../nbs/03_vae.ipynb #c016
 def posterior(
@@ -71,7 +73,7 @@ def posterior(
     "The codes that may have made x: mean and covariance of p(z | x), eq. (3.3)."
     check_linear(model, x)
     W, m, var = model
-    cov = torch.linalg.inv(torch.eye(W.shape[1], dtype=x.dtype) + W.T @ W / var)
+    cov = torch.cholesky_inverse(cholesky(torch.eye(W.shape[1], dtype=W.dtype, device=W.device) + W.T @ W / var))
     return (x - m) @ W @ cov / var, cov
 
 # %% ../nbs/03_vae.ipynb #c020
@@ -118,8 +120,8 @@ def kl_normal(
     check_normal(mu, logvar), check_normal(p_mu, p_logvar)
     if mu.shape != p_mu.shape: raise ValueError(f'q is {tuple(mu.shape)} and p is {tuple(p_mu.shape)}: expected one shape')
     mu, logvar, p_mu, p_logvar = map(wide, (mu, logvar, p_mu, p_logvar))
-    ratio = logvar - p_logvar                                             # log alpha
-    return 0.5 * (ratio.exp() - ratio - 1 + (mu - p_mu).square() / p_logvar.exp()).flatten(1).sum(1)
+    ratio = logvar - p_logvar                                             # log alpha; expm1(r) = e^r - 1, exact for small r too
+    return 0.5 * (ratio.expm1() - ratio + (mu - p_mu).square() * (-p_logvar).exp()).flatten(1).sum(1)
 
 # %% ../nbs/03_vae.ipynb #c039
 def kl_std_normal(
@@ -129,7 +131,7 @@ def kl_std_normal(
     "KL(q || N(0, I)) of a normal with independent values, eq. (3.12)."
     check_normal(mu, logvar)
     mu, logvar = wide(mu), wide(logvar)
-    return 0.5 * (mu.square() + logvar.exp() - logvar - 1).flatten(1).sum(1)
+    return 0.5 * (mu.square() + logvar.expm1() - logvar).flatten(1).sum(1)
 
 # %% ../nbs/03_vae.ipynb #c043
 def kl_full(
@@ -157,7 +159,7 @@ def linear_elbo(
     W, m, var = model
     if mu.shape != (len(x), W.shape[1]): raise ValueError(f'expected one mean of {W.shape[1]} values a point, got {tuple(mu.shape)} for {len(x)} points')
     squared = (x - m - mu @ W.T).square().sum(1) + torch.einsum('di,...ij,dj->...', W, cov, W)
-    prior = torch.zeros(mu.shape[1], dtype=x.dtype), torch.eye(mu.shape[1], dtype=x.dtype)
+    prior = mu.new_zeros(mu.shape[1]), torch.eye(mu.shape[1], dtype=mu.dtype, device=mu.device)
     return -squared / (2 * var) - len(m) / 2 * math.log(2 * math.pi * var) - kl_full(mu, cov, *prior)
 
 # %% ../nbs/03_vae.ipynb #c053
@@ -166,7 +168,7 @@ def diagonal_gap(
 )->Tensor:             # `()` nats
     "What the best q with independent values loses against the true posterior, eq. (3.15)."
     check_linear(model, model.m[None])
-    M = torch.eye(model.W.shape[1], dtype=model.W.dtype) + model.W.T @ model.W / model.var
+    M = torch.eye(model.W.shape[1], dtype=model.W.dtype, device=model.W.device) + model.W.T @ model.W / model.var
     return 0.5 * (M.diagonal().log().sum() - torch.linalg.slogdet(M).logabsdet)
 
 # %% ../nbs/03_vae.ipynb #c058
@@ -174,9 +176,10 @@ def sample_latent(
     mu:Tensor,            # `b ...` posterior means
     logvar:Tensor,        # `b ...` posterior log-variances
     eps:Tensor|None=None, # `b ...` standard normal noise; drawn if absent
-)->Tensor:                # `b ...` z = mu + sigma * eps
+)->Tensor:                # `b ...` z = mu + sigma * eps, in single precision or better
     "A draw from the posterior through which gradients flow, eq. (3.16)."
     check_normal(mu, logvar)
+    mu, logvar = wide(mu), wide(logvar)                                   # sixteen bits would round a small sigma away
     if eps is None: eps = torch.randn_like(mu)
     if eps.shape != mu.shape: raise ValueError(f'noise of shape {tuple(eps.shape)} for means of shape {tuple(mu.shape)}: expected the same')
     return mu + (0.5 * logvar).exp() * eps

@@ -71,6 +71,25 @@ def test_sample_latent_moves_with_its_parameters(shape, seed):
     torch.manual_seed(seed); a = vae.sample_latent(mu, logvar)
     torch.manual_seed(seed); assert torch.equal(a, vae.sample_latent(mu, logvar)) and not torch.equal(a, vae.sample_latent(mu, logvar))
 
+def test_a_draw_in_half_precision_keeps_its_noise():
+    mu, logvar = torch.full((1, 20_000), 3.).bfloat16(), torch.full((1, 20_000), 2 * math.log(3e-3)).bfloat16()
+    z = vae.sample_latent(mu, logvar)
+    assert z.dtype == torch.float32 and abs(z.std() / (.5 * logvar[0, 0].float()).exp() - 1) < .05
+    assert torch.equal(vae.sample_latent(mu, logvar, torch.zeros_like(mu)), mu.float())
+
+def test_a_draw_in_single_precision_is_the_plain_formula():
+    mu, logvar = normals(0, 2, 5, 3).float()
+    torch.manual_seed(1); z = vae.sample_latent(mu, logvar)
+    torch.manual_seed(1); assert torch.equal(z, mu + (0.5 * logvar).exp() * torch.randn_like(mu))
+
+@pytest.mark.parametrize('size', [1e-2, 1e-4, 1e-6, 1e-20])
+def test_a_small_divergence_is_not_negative(size):
+    logvar = size * normals(0, 4, 4096).float()
+    zero = torch.zeros_like(logvar)
+    for kl in (vae.kl_std_normal(zero, logvar), vae.kl_normal(zero, logvar, zero, zero)):
+        assert (kl >= 0).all() and torch.allclose(kl.double(), logvar.double().square().sum(1) / 4, rtol=.02)
+    assert (vae.kl_std_normal(zero.reshape(-1, 1), logvar.reshape(-1, 1)) >= 0).all()
+
 # ---- the bound --------------------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=25, deadline=None)
@@ -86,6 +105,18 @@ def test_the_gap_is_the_divergence_from_the_posterior(d, k, var, seed):
     gap = vae.kl_full(q_mu, q_cov, mu, cov)
     assert (gap > 0).all() and torch.allclose(vae.linear_elbo(m, x, q_mu, q_cov) + gap, truth, atol=1e-6)
     assert vae.diagonal_gap(m) >= -1e-9
+
+@pytest.mark.parametrize('var', [1., 1e-4, 1e-6, 1e-8])
+def test_evidence_of_a_small_variance_in_single_precision(var):
+    m = model(12, 5, var)
+    x = (normals(2, 6, 5) @ m.W.T + m.m + var**.5 * normals(3, 6, 12)).float()
+    short = LinearModel(m.W.float(), m.m.float(), var)
+    G = short.W.double().T @ short.W.double() + var * torch.eye(5)                                          # the square completed, another route
+    r = x.double() - short.m.double()
+    mu = torch.linalg.solve(G, (r @ short.W.double()).T).T
+    want = -.5 * ((r - mu @ short.W.double().T).square().sum(1) / var + mu.square().sum(1) + torch.linalg.slogdet(G).logabsdet + 7 * math.log(var) + 12 * math.log(2 * math.pi))
+    got = vae.log_evidence(short, x)
+    assert got.dtype == torch.float32 and torch.allclose(got.double(), want, rtol=1e-5, atol=1e-3)
 
 def test_diagonal_gap_is_zero_for_orthogonal_columns():
     W = torch.linalg.qr(normals(0, 6, 3)).Q * torch.tensor([2., 1., .3], dtype=torch.float64)
@@ -186,6 +217,30 @@ def test_the_page_notices_a_mean_in_the_reconstruction():
     with pytest.raises(AssertionError): run_page({'vae_terms': lambda x, x_hat, mu, logvar, var=1.: ((x - x_hat).square().flatten(1).mean(1) / (2 * var), vae.kl_std_normal(mu, logvar))})
 
 def test_the_page_passes_unchanged(): run_page({})
+
+# ---- devices ----------------------------------------------------------------------------------------------------------------------
+
+ROW, SQUARE = normals(9, 3), covariance(4, 0)[:3, :3]
+ELSEWHERE = { # each function on inputs of one device, while another is the default: a tensor made without `device=` does not fit them
+    'log_evidence': lambda: vae.log_evidence(model(), normals(9, 4, 5)), 'posterior': lambda: vae.posterior(model(), normals(9, 4, 5)), 'log_gauss': lambda: vae.log_gauss(normals(9, 4, 3), ROW, SQUARE),
+    'linear_elbo': lambda: vae.linear_elbo(model(), normals(9, 4, 5), normals(8, 4, 3), SQUARE), 'diagonal_gap': lambda: vae.diagonal_gap(model()), 'kl_full': lambda: vae.kl_full(normals(9, 4, 3), SQUARE, normals(8, 4, 3), SQUARE),
+    'kl_normal': lambda: vae.kl_normal(*normals(9, 4, 4, 3)), 'kl_std_normal': lambda: vae.kl_std_normal(*normals(9, 2, 4, 3)), 'sample_latent': lambda: vae.sample_latent(*normals(9, 2, 4, 3)), 'variance_penalty': lambda: vae.variance_penalty(SQUARE.exp()),
+    'vae_terms': lambda: vae.vae_terms(*normals(9, 4, 4, 3)), 'beta_vae_loss': lambda: vae.beta_vae_loss(*normals(9, 4, 4, 3)), 'best_linear': lambda: vae.best_linear(normals(9, 9, 5), 3), 'water_filling': lambda: vae.water_filling(ROW.exp(), .5),
+    'active_units': lambda: vae.active_units(normals(9, 4, 3)), 'log_mean': lambda: vae.log_mean(SQUARE), 'effective_samples': lambda: vae.effective_samples(SQUARE), 'pathwise_gradient': lambda: vae.pathwise_gradient(lambda z: z.square().sum(1), ROW, ROW, normals(9, 4, 3)),
+    'score_gradient': lambda: vae.score_gradient(lambda z: z.square().sum(1), ROW, ROW, normals(9, 4, 3)), 'cholesky': lambda: vae.cholesky(SQUARE), 'wide': lambda: vae.wide(ROW), 'LinearVae': lambda: LINEAR(normals(9, 4, 3).float())}
+LINEAR = vae.LinearVae(3, 2)
+
+@pytest.mark.parametrize('name', ELSEWHERE)
+def test_nothing_is_made_on_the_default_device(name, monkeypatch):
+    drawn = {}
+    def normals_here(seed, *shape): return drawn.setdefault((seed, shape), torch.randn(*shape, generator=torch.Generator('cpu').manual_seed(seed), dtype=torch.float64, device='cpu'))
+    monkeypatch.setitem(globals(), 'normals', normals_here)
+    with torch.device('meta'): got = ELSEWHERE[name]()
+    for t in got if isinstance(got, tuple) else (got,): assert not torch.is_tensor(t) or (t.device.type == 'cpu' and t.isfinite().all())
+
+def test_every_function_is_tried_elsewhere():
+    import inspect
+    assert {n for n in vae.__all__ if inspect.isfunction(getattr(vae, n))} - ELSEWHERE.keys() == {'check_linear', 'check_normal', 'check_noise', 'likelihood_constant'}
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------------------
 
