@@ -37,7 +37,7 @@ def ae_loss(
 # %% ../nbs/02_autoencoder.ipynb #c013
 class Compression(NamedTuple):
     "How many times smaller a latent is than its picture."
-    places:float # by positions, which is what attention pays for
+    places:float # by positions: what a convolution of given width pays for, and attention in the square
     values:float # by numbers, which is what has to be generated
 
 def compression(
@@ -74,7 +74,7 @@ def windows(
 )->Tensor:           # `b c i u j v`: tap (u, v) of window (i, j)
     "All windows of a map."
     if not torch.is_tensor(x) or x.ndim != 4 or not x.numel(): raise ValueError(f'expected maps (b, c, h, w), got {tuple(getattr(x, "shape", ())) or type(x).__name__}')
-    rows, cols = (stride * torch.arange(out_side(n, kernel, stride, padding, dilation))[:, None] + dilation * torch.arange(kernel) for n in x.shape[2:])
+    rows, cols = (stride * torch.arange(out_side(n, kernel, stride, padding, dilation), device=x.device)[:, None] + dilation * torch.arange(kernel, device=x.device) for n in x.shape[2:])
     return F.pad(x, (padding,) * 4, value=fill)[:, :, rows[:, :, None, None], cols]
 
 def conv2d_unfold(
@@ -117,7 +117,7 @@ def conv_transpose2d_paint(
     (h, w), kernel = size, weight.shape[-1]
     want = (weight.shape[0], *(out_side(n, kernel, stride, padding, dilation) for n in size))
     if tuple(y.shape[1:]) != want: raise ValueError(f'y has shape {tuple(y.shape)}: expected (b, {want[0]}, {want[1]}, {want[2]}), which this convolution makes of maps of {h} × {w}')
-    rows, cols = (stride * torch.arange(n)[:, None] + dilation * torch.arange(kernel) for n in y.shape[2:])
+    rows, cols = (stride * torch.arange(n, device=y.device)[:, None] + dilation * torch.arange(kernel, device=y.device) for n in y.shape[2:])
     strokes = einsum(y, weight, 'b o i j, o c u v -> b c i u j v')
     canvas = y.new_zeros(len(y), weight.shape[1], (h + 2 * padding) * (w + 2 * padding))
     canvas.index_add_(2, (rows[:, :, None, None] * (w + 2 * padding) + cols).flatten(), strokes.flatten(2))
@@ -204,11 +204,11 @@ def check_batch(
     side:int,     # what height and width must be multiples of
     name:str='x', # what to call it in an error
 )->Tensor:        # `b c h w` the same tensor
-    "Raise unless `x` is a batch of maps that the network can take."
+    "Raise unless `x` is a batch of maps that the network can take; in training, `fit` itself stops at a NaN and says where."
     if not torch.is_tensor(x) or not x.is_floating_point(): raise TypeError(f'{name}: expected a tensor of floats, got {getattr(x, "dtype", type(x).__name__)}')
     if x.ndim != 4 or x.shape[1] != channels or not x.numel() or x.shape[2] % side or x.shape[3] % side:
         raise ValueError(f'{name} has shape {tuple(x.shape)}: expected (b, {channels}, h, w)' + (f' with h and w multiples of {side}' if side > 1 else ''))
-    if not x.isfinite().all(): raise ValueError(f'{name} holds NaN or infinite values')
+    if not (x.requires_grad or x.is_meta or torch.compiler.is_compiling()) and not x.isfinite().all(): raise ValueError(f'{name} holds NaN or infinite values')
     return x
 
 # %% ../nbs/02_autoencoder.ipynb #c050
@@ -279,9 +279,9 @@ def examine_ae(
     start:int=0,        # first scene
 )->dict:                # figure -> `n` one value a picture
     "PSNR (dB), SSIM and mean absolute error of reconstructions of fresh scenes."
-    parts = []
+    parts, device = [], next(model.parameters()).device
     for seeds in split_seeds(split, start, n).split(100):
-        x = draw(scenes(seeds)).contiguous(memory_format=torch.channels_last)
+        x = draw(scenes(seeds)).to(device, memory_format=torch.channels_last)
         x_hat = model(x).clamp(-1, 1)
         parts.append((psnr(x, x_hat), ssim(x, x_hat), ae_loss(x, x_hat)))
     return dict(zip(('psnr', 'ssim', 'l1'), map(torch.cat, zip(*parts))))
@@ -350,7 +350,7 @@ def train_linear(
     "Train a linear autoencoder by descent, knowing nothing of eigenvectors."
     if C.ndim != 2 or C.shape[0] != C.shape[1] or not 1 <= m <= len(C) or not C.isfinite().all(): raise ValueError(f'C {tuple(C.shape)} and m = {m}: expected a finite square matrix and 1 to {len(C)}')
     g = torch.Generator().manual_seed(seed)
-    A, B = (torch.randn(*shape, generator=g, dtype=C.dtype).mul_(.1).requires_grad_() for shape in ((m, len(C)), (len(C), m)))
+    A, B = (torch.randn(*shape, generator=g, dtype=C.dtype).mul_(.1).to(C.device).requires_grad_() for shape in ((m, len(C)), (len(C), m)))
     opt, unit, log = torch.optim.LBFGS([A, B], max_iter=1, max_eval=30, history_size=100, line_search_fn='strong_wolfe', tolerance_grad=0, tolerance_change=0), C.trace(), []
     def closure():
         opt.zero_grad(); loss = linear_loss(A, B, C / unit); loss.backward()

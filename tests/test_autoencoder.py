@@ -140,6 +140,33 @@ def test_autoencoder_refuses_what_is_not_a_picture(x):
     with pytest.raises(TypeError, match='list'): model.encode([1])
     with pytest.raises(ValueError, match='z has shape'): model.decode(MAP)
 
+@pytest.mark.parametrize('x, z', [(NAN, None), (None, torch.full((1, 4, 2, 2), torch.inf))])
+def test_numbers_are_looked_at_unless_in_training(x, z):
+    "Data are checked always; what the network itself made is left to `fit`, which says at which step it went wrong."
+    model = ae.Autoencoder(4, 4, 4, 1, 4, 1)
+    part, bad = (model.encode, x) if z is None else (model.decode, z)
+    with pytest.raises(ValueError, match='NaN or infinite'): part(bad)
+    assert part(bad.clone().requires_grad_()).isnan().any()
+    assert model.to('meta')(torch.empty(1, 3, 8, 8, device='meta')).shape == (1, 3, 8, 8)
+
+def test_a_training_that_goes_wrong_says_where():
+    from latentcourse.lib.train import TrainingDiverged
+    model = ae.build_ae(TINY)
+    nn.init.constant_(model.encoder.stem[1].weight, torch.nan)
+    with pytest.raises(TrainingDiverged, match='step 0'): list(ae.learn_ae(model, TINY, progress=False))
+
+def on(device, make, *args):
+    with torch.device(device): return make(*args)
+
+@pytest.mark.parametrize('call', [
+    lambda x, w: ae.conv2d_unfold(x, w, x.new_zeros(4), 2, 1), lambda x, w: ae.pool2d_unfold(x, 3, 2, 1), lambda x, w: ae.conv_transpose2d_paint(x.new_zeros(2, 4, 4, 4), w, (8, 8), 2, 1),
+    lambda x, w: ae.channels_to_space(ae.space_to_channels(x, 2), 2), lambda x, w: ae.linear_loss(x.new_zeros(2, 5), x.new_zeros(5, 2), x.new_zeros(5, 5)), lambda x, w: ae.ae_loss(x, x),
+    lambda x, w: on(x.device, ae.Autoencoder, 4, 4, 4, 1, 4, 1)(x.requires_grad_())])
+def test_nothing_is_made_on_another_device(call):
+    "Tensors without numbers that claim to be on a GPU: an operation that mixes devices fails as it would there."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(): assert call(torch.zeros(2, 3, 8, 8, device='cuda'), torch.zeros(4, 3, 3, 3, device='cuda')).device.type == 'cuda'
+
 # ---- mutations: a mistake put back in must be noticed --------------------------------------------------------------------------------
 
 def mutant(f, *changes):
