@@ -148,6 +148,9 @@ def test_work_is_what_the_syllabus_says():
     with torch.device('meta'): m = KLF8()
     a, b = (sum(w for _, w in klf8.census(part, torch.empty(1, c, s, s, device='meta')).values()) for part, c, s in ((m.encoder, 3, 256), (m.decoder, 4, 32)))
     assert round(b / a, 2) == 2.28
+    for part, c, s in ((m.encoder, 3, 256), (m.decoder, 4, 32)):
+        found = klf8.census(part, torch.empty(1, c, s, s, device='meta'))
+        assert list(found) == [256, 128, 64, 32] and sum(n for n, _ in found.values()) == sum(p.numel() for p in part.parameters())
     assert not any(mod._forward_hooks for mod in m.modules())                                 # the hooks are gone
 
 # ---- names ----------------------------------------------------------------------------------------------------------------------------
@@ -210,6 +213,30 @@ def test_a_pipeline_folder_and_another_variant(tmp_path):
     m.save_pretrained(tmp_path / 'vae')
     (tmp_path / 'vae' / 'diffusion_pytorch_model.safetensors').rename(tmp_path / 'vae' / 'diffusion_pytorch_model.fp16.safetensors')
     assert KLF8.from_pretrained(tmp_path).widths == SMALL
+
+def test_the_scale_comes_from_the_configuration_or_from_nobody(tmp_path):
+    "A wrong scale raises no error later, so none is guessed."
+    m = small(dtype=torch.float32); m.scale, m.shift = .3611, .1159
+    folder = m.save_pretrained(tmp_path / 'm'); file = folder / 'diffusion_pytorch_model.safetensors'
+    for path in (folder, file): assert ((back := KLF8.from_pretrained(path)).scale, back.shift) == (.3611, .1159)
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | {'act_fn': 'gelu'}))
+    with pytest.raises(WrongConfig, match='act_fn'): KLF8.from_pretrained(file)
+    (folder / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if not k.endswith('_factor')}))
+    assert ((back := KLF8.from_pretrained(file)).scale, back.shift) == (.18215, 0.)                     # what diffusers takes where a configuration is silent
+    (folder / 'config.json').write_text(json.dumps(config | {'scaling_factor': 1., 'shift_factor': 0.}))
+    assert ((back := KLF8.from_pretrained(folder)).scale, back.shift) == (1., 0.)
+    file.rename(folder / 'ae.safetensors')                                                             # a name that any file may have: the configuration beside it may be another's
+    back = KLF8.from_pretrained(folder / 'ae.safetensors')
+    assert back.scale is None and back.shift is None
+    with pytest.raises(ValueError, match='set them first'): back.save_pretrained(tmp_path / 'again')
+
+def test_up_kernel_keeps_device_and_precision():
+    w = torch.zeros(4, 2, 3, 3)
+    assert klf8.up_kernel(w.to('meta')).is_meta
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert klf8.up_kernel(w).dtype == torch.float32  # the sums are not rounded twice
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(): assert klf8.up_conv(torch.zeros(1, 2, 4, 4, device='cuda'), torch.zeros(4, 2, 3, 3, device='cuda'), torch.zeros(4, device='cuda')).device.type == 'cuda'
 
 def test_files_refuse(tmp_path):
     m = small(dtype=torch.float32)
