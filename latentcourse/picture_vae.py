@@ -76,9 +76,10 @@ def picture_loss(
     "What the generative VAE minimises: at beta = 1 minus the bound on log p(x)."
     mu, logvar = model.encode(x)
     x_hat = model.decode(sample_latent(mu, logvar) if beta else mu)
-    n, var = x[0].numel(), best_variance(x, x_hat).item() if sigma2 is None else float(sigma2)
+    n, mse = x[0].numel(), best_variance(x, x_hat)
+    var = float(mse.detach() if sigma2 is None else sigma2)
     rec, kl = vae_terms(x, x_hat, mu, logvar, var)
-    rec, logs = rec + likelihood_constant(n, var), {'mse': best_variance(x, x_hat)}
+    rec, logs = rec + likelihood_constant(n, var), {'mse': mse}
     if not beta: return rec, logs
     return rec + beta * (free_bits(mu, logvar, floor) if floor else kl), logs | {'kl': kl.mean(), 'bits': bits_per_dim(rec + kl, n).mean()}
 
@@ -111,10 +112,10 @@ def build_picture_vae(
 def large_pictures(
     seeds:Tensor, # `b` int64 scene seeds
     size:int=32,  # side in pixels
+    device='cpu', # where to draw
 )->Tensor:        # `b 3 size size`
     "Scenes of one or two large toys."
-    scene = scenes(seeds, given=LARGE)
-    return draw(scene.to('cuda') if torch.cuda.is_available() else scene, size)
+    return draw(scenes(seeds, given=LARGE).to(device), size)
 
 @lru_cache(maxsize=2)
 def picture_block(
@@ -122,7 +123,7 @@ def picture_block(
     size:int, # side in pixels
 )->Tensor:    # `256 3 size size`
     "Consecutive scenes, drawn together: three times faster than thirty at a time."
-    return large_pictures(torch.arange(256) + 256 * i, size)
+    return large_pictures(torch.arange(256) + 256 * i, size, 'cuda' if torch.cuda.is_available() else 'cpu')
 
 def picture_stream(
     seeds:Tensor, # `b` int64 scene seeds, in order
@@ -156,7 +157,7 @@ def examine_picture_vae(
     start:int=0,        # first scene
 )->dict:                # figure -> `n` one value a picture
     "Mean squared error, KL in nats, and the bound in bits for each value, on fresh scenes."
-    x = torch.cat([large_pictures(s, model.size) for s in split_seeds(split, start, n).split(250)]).cpu()
+    x = torch.cat([large_pictures(s, model.size) for s in split_seeds(split, start, n).split(250)])
     mu, logvar = (torch.cat(t) for t in zip(*(model.encode(part) for part in x.split(250))))
     seed_all(0)
     z = sample_latent(mu, logvar) if beta else mu
@@ -241,7 +242,7 @@ def blurred(
 # %% ../nbs/03a_picture_vae.ipynb #c083
 @cache
 def study_pictures(): # `3200 3 32 32` to learn from, `500 3 32 32` to look at
-    return [torch.cat([large_pictures(s) for s in split_seeds(split, 0, n).split(500)]).cpu() for split, n in (('train', 3200), ('valid', 500))]
+    return [torch.cat([large_pictures(s) for s in split_seeds(split, 0, n).split(500)]) for split, n in (('train', 3200), ('valid', 500))]
 
 def collapse_point(
     seed:int,           # of weights, batches and noise
@@ -265,7 +266,7 @@ def collapse_point(
 
 STUDIES = {s.name: s for s in (
     Study('picture-vae-collapse', collapse_point, grid({'beta': (.01, .1, 1., 10., 30., 96., 300., 1000., 3000.)}), (0, 1, 2), 'A small VAE on 32 × 32 toys, 32 numbers in the latent, pixel variance 0.05, both terms summed.'),
-    Study('picture-vae-remedies', collapse_point, grid({'beta': (30.,), 'remedy': ('warm-up', 'free bits')}), (0, 1, 2), 'The same at weight 30, with a remedy against collapse.'))}
+    Study('picture-vae-remedies', collapse_point, grid({'beta': (30., 1000.), 'remedy': ('warm-up', 'free bits')}), (0, 1, 2), 'The same small VAE, with a remedy against collapse.'))}
 
 # %% ../nbs/03a_picture_vae.ipynb #c094
 def free_bits(

@@ -175,7 +175,22 @@ def test_blur_refuses():
 
 def test_stream_draws_the_scenes_it_is_asked_for():
     seeds = torch.arange(250, 262) + 2**32                                # across two blocks
-    assert (pv.picture_stream(seeds) - pv.large_pictures(seeds)).abs().max() < 1e-6
+    assert (pv.picture_stream(seeds).cpu() - pv.large_pictures(seeds)).abs().max() < 1e-6
+
+def test_pictures_stay_where_they_are_asked_for(monkeypatch):
+    "On a machine with an accelerator the pages' models still live on the CPU; only the training stream may draw elsewhere."
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    seeds, asked = torch.arange(4), []
+    assert pv.large_pictures(seeds).device.type == 'cpu'
+    monkeypatch.setattr(pv, 'draw', lambda scene, size: asked.append(scene[0].device.type) or torch.zeros(len(scene[0]), 3, size, size))
+    pv.large_pictures(seeds, 32, 'meta')
+    assert asked == ['meta']
+
+def test_logarithm_of_the_error_is_what_is_minimised(model):
+    "With the best variance put in, the reconstruction term costs n/2 (log 2 pi m + 1) on average."
+    x = rand(4, 3, 32, 32)
+    losses, logs = pv.picture_loss(model, x, beta=0.)
+    assert abs(losses.mean().item() - 1536 * (math.log(2 * math.pi * logs['mse'].item()) + 1)) < .05
 
 def test_names_are_known():
     for name in ('vae', 'picture', ''):
