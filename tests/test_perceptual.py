@@ -107,9 +107,11 @@ def test_equal_to_the_package(net):
     ours = Unnormalised(pc.tower(net, layers_of(theirs)), pc.published_weights(net)).double()
     assert (ours(x, y) - want).abs().max() > 1e-2 * want.max()
 
-def test_where_nothing_fires_the_gradient_is_finite():
-    f = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    assert torch.autograd.grad(pc.unit_vectors(f).square().sum(), f)[0].isfinite().all()
+def test_where_nothing_fires_nothing_pulls():
+    f, g = torch.zeros(1, 4, 2, 2, requires_grad=True), torch.randn(1, 4, 2, 2)
+    assert not pc.unit_vectors(f).any() and not torch.autograd.grad((pc.unit_vectors(f) * g).sum(), f)[0].any()
+    h = torch.cat([f, torch.ones(1, 4, 2, 2)], 3)                                                           # beside places that do fire
+    assert torch.equal(pc.unit_vectors(h)[..., 2:], torch.full((1, 4, 2, 2), .5)) and pc.unit_vectors(f * torch.nan).isnan().all()
     lpips = pytest.importorskip('lpips')
     assert torch.autograd.grad(lpips.normalize_tensor(f).square().sum(), f)[0].isnan().all()                # why ours is written otherwise
 
@@ -143,6 +145,14 @@ def test_a_squared_length(seed, size):
 def test_contrast_of_the_features_does_not_count(k):
     f = torch.randn(2, 5, 3, 3, dtype=torch.float64)
     assert torch.allclose(pc.unit_vectors(k * f), pc.unit_vectors(f), atol=1e-6)
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0, 2), st.floats(0, 2))
+def test_preference_is_finite_and_falls_as_the_damage_shows(near, far):
+    a, b = torch.tensor([near, near], dtype=torch.float64), torch.tensor([far, far + .1], dtype=torch.float64).requires_grad_()
+    loss = pc.preference_loss(a, b)
+    assert loss.isfinite().all() and loss[1] <= loss[0] and torch.autograd.grad(loss.sum(), b)[0].isfinite().all()
+    assert abs(pc.preference_loss(torch.zeros(1), torch.zeros(1)).item() - .693147) < 1e-5
 
 def test_half_precision_features_are_compared_in_single():
     f = torch.randn(2, 5, 3, 3)
