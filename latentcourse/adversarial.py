@@ -6,8 +6,9 @@
 __all__ = ['GAMES', 'STUDIES', 'mean_logit_loss', 'bce_critic', 'bce_generator', 'best_critic', 'small_mlp', 'jensen_shannon',
            'hinge_critic', 'hinge_generator', 'PatchCritic', 'receptive_field', 'Adversarial', 'adversarial_losses',
            'adaptive_weight', 'balanced', 'overlap', 'grid_peak', 'small_toys', 'doubling', 'small_codec', 'train_grid',
-           'grid_values', 'grid_point', 'ring', 'modes_found', 'two_players', 'train_ring', 'ring_point',
-           'jacobian_norm', 'carried', 'Painter', 'coarse', 'train_painter', 'painter_values', 'painter_point']
+           'grid_values', 'grid_point', 'shifted_point', 'ring', 'modes_found', 'two_players', 'train_ring',
+           'ring_point', 'jacobian_norm', 'carried', 'Painter', 'coarse', 'train_painter', 'painter_values',
+           'painter_point', 'told_apart', 'paced_point']
 
 # %% ../nbs/04a_adversarial.ipynb #c002
 import math
@@ -75,8 +76,8 @@ def jensen_shannon(
     "Jensen-Shannon divergence of two laws on the same points, eq. (4.23)."
     if p.shape != q.shape or not p.numel(): raise ValueError(f'laws of shapes {tuple(p.shape)} and {tuple(q.shape)}: expected the same, not empty')
     if not ((p >= 0).all() and (q >= 0).all()) or max(abs(p.sum() - 1), abs(q.sum() - 1)) > 1e-2: raise ValueError('expected probabilities that sum to 1')
-    m = (p + q) / 2
-    return (torch.xlogy(p, p / m.clamp(min=1e-300)) + torch.xlogy(q, q / m.clamp(min=1e-300))).sum() / 2
+    m = ((p + q) / 2).clamp(min=torch.finfo(p.dtype).tiny)                   # 0 where both are 0: there 0 log 0 = 0
+    return (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum() / 2
 
 # %% ../nbs/04a_adversarial.ipynb #c031
 def hinge_critic(
@@ -157,7 +158,7 @@ def adaptive_weight(
 
 # %% ../nbs/04a_adversarial.ipynb #c061
 def balanced(
-    rec:Tensor,     # `b` reconstruction (and perceptual) loss
+    rec:Tensor,     # `b` reconstruction (and perceptual) loss; must reach the parameters through x_hat only: add a KL to what is returned
     adv:Tensor,     # `b` generator's adversarial loss
     x_hat:Tensor,   # `b ...` output of the decoder, from which both were computed
     last:Tensor,    # `...` weight of the decoder's last layer
@@ -233,14 +234,16 @@ def train_grid(
     features:float, # weight of the feature distance, beside a squared error of weight 1
     seed:int=0,     # seeds weights and order
     steps:int=100,  # of 16 pictures
+    shift:int=0,    # the teacher sees both pictures rolled by 0 to shift - 1 pixels, by chance
 )->nn.Module:       # the trained small codec
     "Train a small codec with a pixel and a perceptual loss."
     seed_all(seed)
     model, teacher = small_codec(kind), load_oracle('teacher')[0].requires_grad_(False)
-    distance = feature_distance.__wrapped__                                 # eq. (1.8), with gradients
+    distance, chance = feature_distance.__wrapped__, torch.Generator().manual_seed(seed) # eq. (1.8), with gradients: its wrapper is no_grad
     def loss(x):
         x_hat = model(x)
-        return (x - x_hat).square().flatten(1).mean(1) + (features * distance(teacher, x, x_hat) if features else 0)
+        by = torch.randint(shift, (2,), generator=chance).tolist() if shift else (0, 0)
+        return (x - x_hat).square().flatten(1).mean(1) + (features * distance(teacher, x.roll(by, (2, 3)), x_hat.roll(by, (2, 3))) if features else 0)
     for r in fit(loss, model, Batches(small_toys(), 16, seed=seed), steps, lr=3e-3, device='cpu', progress=False): pass
     return model.eval().requires_grad_(False)
 
@@ -262,9 +265,18 @@ def grid_point(
     "One point of the study of grids."
     return grid_values(train_grid(kind, features, seed))
 
+def shifted_point(
+    seed:int, # of the run
+    kind:str, # how the decoder doubles
+)->dict:      # see `grid_values`
+    "The same at a feature weight of 3, with a teacher whose place changes at every step."
+    return grid_values(train_grid(kind, 3., seed, shift=8))
+
 # %% ../nbs/04a_adversarial.ipynb #c082
 STUDIES = {'checkerboard': Study('checkerboard', grid_point, grid(dict(kind=['transposed', 'sub-pixel', 'resize'], features=[0., .3, 3.])), (0, 1, 2),
-                                 'Power at the frequencies of a grid of period 4 and 2 over that of their neighbours, and decibels, for small decoders.')}
+                                 'Power at the frequencies of a grid of period 4 and 2 over that of their neighbours, and decibels, for small decoders.'),
+           'shifted-advice': Study('shifted-advice', shifted_point, grid(dict(kind=['transposed', 'sub-pixel'])), (0, 1, 2),
+                                   'The same for a weight of 3 and a teacher that sees both pictures rolled by 0 to 7 pixels, by chance.')}
 
 # %% ../nbs/04a_adversarial.ipynb #c093
 def ring(
@@ -310,7 +322,7 @@ def train_ring(
     seed_all(seed)
     pair, opt = two_players(small_mlp(2, 2), small_mlp(2, 1), lr_generator, lr_critic)
     def loss(x):
-        a = adversarial_losses(pair['critic'], x, pair['generator'](torch.randn(len(x), 2)), game)
+        a = adversarial_losses(pair['critic'], x, pair['generator'](torch.randn(len(x), 2, device=x.device)), game)
         return a.generator + a.critic, dict(generator=a.generator.mean(), critic=a.critic.mean())
     batches = Batches(ring(20_000, seed), 128, seed=seed)
     for r in fit(loss, pair, batches, steps, opt=opt, clip=None, schedule='constant', device='cpu', progress=False): yield pair['generator'], r
@@ -328,7 +340,7 @@ def ring_point(
     return dict(modes=found, near=near)
 
 # %% ../nbs/04a_adversarial.ipynb #c097
-STUDIES['ring'] = Study('ring', ring_point, tuple(dict(game=g, lr_generator=a, lr_critic=b) for g in GAMES for a, b in ((1e-3, 4e-3), (2e-3, 2e-3), (4e-3, 1e-3))), (0, 1, 2),
+STUDIES['ring'] = Study('ring', ring_point, tuple(dict(game=g, lr_generator=a, lr_critic=b) for g in GAMES for a, b in ((1e-3, 4e-3), (4e-3, 16e-3), (2e-3, 2e-3), (4e-3, 4e-3), (4e-3, 1e-3))), (0, 1, 2),
                         'Modes of eight that a generator covers after 600 steps, and the share of its samples near one.')
 
 # %% ../nbs/04a_adversarial.ipynb #c105
@@ -381,10 +393,11 @@ def train_painter(
     adv:float,      # weight of the adversarial loss
     seed:int=0,     # of the run
     steps:int=200,  # of 16 pictures
+    rates:tuple=(2e-3, 2e-3), # learning rates of painter and critic
 )->tuple:           # trained painter, records
     "Train a painter against a critic that sees the picture, and not the latent."
     seed_all(seed)
-    pair, opt = two_players(Painter(), PatchCritic(24), 2e-3, 2e-3)
+    pair, opt = two_players(Painter(), PatchCritic(24), *rates)
     def loss(x):
         x_hat = pair['generator'](coarse(x))
         a, error = adversarial_losses(pair['critic'], x, x_hat), (x - x_hat).square().flatten(1).mean(1)
@@ -413,6 +426,27 @@ def painter_point(
     "One point of the study of the adversarial weight."
     return painter_values(train_painter(rec, adv, seed)[0])
 
+def told_apart(
+    painter,      # callable `b 3 4 4 -> b 3 32 32`
+    steps:int=80, # of 16 pictures
+)->float:         # lower bound of the total variation between real and painted patches of 7 x 7 pixels
+    "How well a fresh critic of small patches tells fresh pictures apart, by eq. (4.27)."
+    seed_all(0)
+    critic = nn.Sequential(nn.Conv2d(3, 32, 3), nn.LeakyReLU(.2), nn.Conv2d(32, 32, 3), nn.LeakyReLU(.2), nn.Conv2d(32, 1, 3))
+    loss = lambda x: hinge_critic(*critic(torch.cat([x, painter(coarse(x)).clamp(-1, 1)])).chunk(2))
+    for r in fit(loss, critic, Batches(small_toys(), 16, seed=0), steps, lr=2e-3, device='cpu', progress=False): pass
+    with torch.no_grad(): return 1 - loss(small_toys('valid', 128)).mean().item() / 2
+
+def paced_point(
+    seed:int,  # of the run
+    adv:float, # weight of the adversarial loss, beside a squared error of weight 1
+)->dict:       # see `painter_values`, `told_apart`
+    "The same with a critic that learns four times faster, and judged by a fresh one."
+    painter = train_painter(1., adv, seed, rates=(2e-3, 8e-3))[0]
+    return painter_values(painter) | dict(apart=told_apart(painter))
+
 # %% ../nbs/04a_adversarial.ipynb #c115
 STUDIES['ignored-latent'] = Study('ignored-latent', painter_point, tuple(dict(rec=1., adv=a) for a in (0., .03, .3, 3.)) + (dict(rec=0., adv=1.),), (0, 1, 2),
                                   'Dependence of a decoder on its latent (carried, spread, norm of the Jacobian), high-frequency detail and squared error, by the weight of the adversarial loss.')
+STUDIES['faster-critic'] = Study('faster-critic', paced_point, grid(dict(adv=[0., .03, .3, 3.])), (0, 1, 2),
+                                 'The same with a critic that learns four times faster than the painter (rates 8e-3 and 2e-3); and the total variation by which a fresh critic tells patches of 7 × 7 pixels apart, at least.')

@@ -55,6 +55,28 @@ def test_jensen_shannon_is_a_bounded_symmetric_divergence(n, seed):
     js = adv.jensen_shannon(p, q)
     assert -1e-12 <= js <= math.log(2) and (js - adv.jensen_shannon(q, p)).abs() < 1e-12 and adv.jensen_shannon(p, p).abs() < 1e-12
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_jensen_shannon_where_both_laws_are_zero(dtype):
+    a, b = torch.tensor([1., 0., 0.], dtype=dtype), torch.tensor([0., 1., 0.], dtype=dtype)
+    assert adv.jensen_shannon(a, a) == 0 and (adv.jensen_shannon(a, b) - math.log(2)).abs() < 1e-6
+
+def test_non_saturating_gradient_is_that_of_kl_minus_twice_js():
+    N, x = torch.distributions.Normal, torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    p, mu, dx = N(0., 1.).log_prob(x).exp(), torch.tensor(.7, dtype=torch.float64, requires_grad=True), x[1] - x[0]
+    q = N(mu, 1.).log_prob(x).exp()
+    push = torch.autograd.grad((q * adv.bce_generator((p / q).log().detach()[:, None]) * dx).sum(), mu, retain_graph=True)[0]
+    want = torch.autograd.grad(mu**2 / 2 - 2 * adv.jensen_shannon(p * dx, q * dx), mu)[0]   # KL of two unit normals in closed form
+    assert (push - want).abs() < 1e-6
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.floats(.1, 5))
+def test_any_hinge_critic_bounds_the_total_variation(seed, scale):
+    g = torch.Generator().manual_seed(seed)
+    p, q = torch.rand(2, 12, generator=g, dtype=torch.float64).softmax(1)
+    logits, far = scale * torch.randn(12, generator=g, dtype=torch.float64), torch.full((12,), 9., dtype=torch.float64)
+    cost = (p * adv.hinge_critic(logits, -far) + q * adv.hinge_critic(far, logits)).sum()
+    assert 1 - cost / 2 <= (p - q).abs().sum() / 2 + 1e-12
+
 def test_jensen_shannon_refuses():
     for p, q in ((torch.ones(2), torch.ones(2)), (torch.ones(1), torch.ones(2) / 2), (torch.ones(0), torch.ones(0)), (torch.tensor([math.nan, 1.]), torch.tensor([0., 1.]))):
         with pytest.raises(ValueError): adv.jensen_shannon(p, q)
@@ -189,6 +211,17 @@ def test_adaptive_weight_equals_autograd_at_the_last_layer():
     for got, ref in zip(grads(losses, params), grads(rec + weight * made, params)): assert (got - ref).abs().max() < 1e-9
     assert adv.balanced(rec, made, x_hat, last, top=.01)[1] <= .01
 
+def test_what_does_not_pass_through_the_picture_is_lost_in_balanced_and_kept_outside():
+    torch.manual_seed(0)
+    encoder, decoder, x = Encoder(4, 4, 8, 1).double(), Decoder(4, 4, 8, 1).double(), pictures(2, 32)
+    z = encoder(x); x_hat = decoder(z); kl = z.square().flatten(1).mean(1); last = decoder.head[1].weight
+    rec, made = (x - x_hat).abs().flatten(1).mean(1), x_hat.square().flatten(1).mean(1)
+    first = list(encoder.parameters())
+    got = lambda l: torch.cat([g.flatten() for g in grads(l, first)])
+    alone = got(adv.balanced(rec, made, x_hat, last)[0])
+    assert (got(adv.balanced(rec + 100 * kl, made, x_hat, last)[0]) - alone).abs().max() < 1e-12       # as documented
+    assert (got(adv.balanced(rec, made, x_hat, last)[0] + kl) - alone - got(kl)).abs().max() < 1e-9 and got(kl).abs().max() > 0
+
 def test_adaptive_weight_is_limited_where_the_critic_is_silent():
     w = torch.ones(3, requires_grad=True)
     x_hat = w * torch.ones(2, 3)
@@ -243,6 +276,9 @@ def test_carried_is_blind_to_scale_and_shift(seed, scale, shift):
     z = torch.randn(9, 3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     back = scale * z + shift
     assert abs(adv.carried(z, back) - (abs(scale) > 1e-3)) < 1e-3 or abs(scale) <= 1e-3
+
+def test_a_fresh_critic_tells_grey_from_real():
+    assert adv.told_apart(lambda z: torch.zeros(len(z), 3, 32, 32), steps=30) > .8
 
 def test_carried_refuses():
     z = torch.randn(4, 3)
