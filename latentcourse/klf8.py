@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
@@ -82,10 +82,9 @@ def up_kernel(
 )->Tensor:         # `c d 4 4` of the transposed convolution that does both
     "Add up the weights that meet the same pixel, eq. (4.63)."
     if weight.ndim != 4 or weight.shape[2:] != (3, 3): raise ValueError(f'expected a weight (d, c, 3, 3), got {tuple(weight.shape)}')
-    w = weight.flip(2, 3)                                    # w_2, w_1, w_0: beside itself, moved on by one
-    w = F.pad(w, (0, 1)) + F.pad(w, (1, 0))
-    w = F.pad(w, (0, 0, 0, 1)) + F.pad(w, (0, 0, 1, 0))
-    return rearrange(w, 'd c u v -> c d u v')
+    turned = torch.eye(3, dtype=weight.dtype, device=weight.device).flip(1)           # w_2, w_1, w_0: beside itself, moved on by one
+    m = F.pad(turned, (0, 0, 0, 1)) + F.pad(turned, (0, 0, 1, 0))                     # K_u as a sum of w_i
+    return einsum(m, m, weight, 'u i, v j, d c i j -> c d u v')
 
 def up_conv(
     x:Tensor,      # `b c h w`
