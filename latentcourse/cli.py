@@ -160,7 +160,8 @@ MODELS = {'teacher':     ('latentcourse.oracle', 'train_oracle', 'TEACHER', (2, 
           'ae':          ('latentcourse.autoencoder', 'train_ae', 'AE', (2, 3, 64, 64)),
           'picture_vae': ('latentcourse.picture_vae', 'train_picture_vae', 'PICTURE_VAE', lambda cfg: (2, 3, cfg.size, cfg.size)),
           'picture_ae':  ('latentcourse.picture_vae', 'train_picture_vae', 'PICTURE_AE', lambda cfg: (2, 3, cfg.size, cfg.size)),
-          'perceptual':  ('latentcourse.perceptual', 'train_perceptual', 'PERCEPTUAL', (2, 224))}
+          'perceptual':  ('latentcourse.perceptual', 'train_perceptual', 'PERCEPTUAL', (2, 224)),
+          'vae':         ('latentcourse.codec', 'train_codec', 'CODEC', (2, 3, 64, 64))}
 
 # %% ../nbs/cli.ipynb #c021
 def config_of(
@@ -182,7 +183,7 @@ def config_of(
 @app.command()
 def train(
     name:str=typer.Argument(..., help='Model to train: ' + ', '.join(MODELS) + '.'),
-    preset:str=typer.Option(None, help='CPU or GPU; by default what this machine has.'),
+    preset:str=typer.Option(None, help='CPU or GPU, by default what this machine has; some models have SHIPPED too, the recipe of the weights that came along.'),
     data:str=typer.Option('toybox', help='What to learn from; so far every model learns from toybox scenes.'),
     out:Path=typer.Option(None, help='Folder for the state and the checkpoint; by default runs/train/NAME.'),
     resume:bool=typer.Option(True, '--resume/--no-resume', help='Go on from the last state in that folder, or start again.'),

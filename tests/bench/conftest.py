@@ -1,5 +1,5 @@
-"`figure(name, value, unit)` keeps one benchmark figure; all are printed at the end and written to runs/bench.json."
-import json, os, platform
+"`figure(name, value, unit)` keeps one benchmark figure; all are printed at the end and kept in runs/bench.json, each with where and when it was measured."
+import json, os, platform, time
 from pathlib import Path
 import pytest
 
@@ -18,9 +18,12 @@ def pytest_sessionfinish(session):
     import torch
     out = Path(str(session.config.rootpath)) / 'runs' / 'bench.json'
     out.parent.mkdir(exist_ok=True)
-    where = {'python': platform.python_version(), 'torch': torch.__version__, 'threads': torch.get_num_threads(), 'cores': os.cpu_count(),
-             'device': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()}
-    out.write_text(json.dumps({'where': where, 'figures': FIGURES}, indent=1), encoding='utf-8')
+    where = {'python': platform.python_version(), 'torch': torch.__version__, 'cores': os.cpu_count(),
+             'device': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(), 'written': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}
+    new = {f['name']: f | {'where': where} for f in FIGURES}
+    old = json.loads(out.read_text(encoding='utf-8'))['figures'] if out.exists() else []
+    kept = [f for f in old if f['name'] not in new and 'where' in f]              # figures of benchmarks that did not run this time
+    out.write_text(json.dumps({'figures': kept + list(new.values())}, indent=1), encoding='utf-8')
 
 def pytest_terminal_summary(terminalreporter):
     for f in FIGURES:
