@@ -189,7 +189,7 @@ def load_codec(
     if name not in ('vae', 'vae_plain'): raise ValueError(f'unknown codec {name!r}: expected vae or vae_plain')
     return train_or_load(name, CODEC['SHIPPED' if name == 'vae' else 'PLAIN'], lambda cfg: train_codec(name, cfg), build=build_codec, probe=(2, 3, 64, 64))
 
-# %% ../nbs/04b_codec.ipynb #c041
+# %% ../nbs/04b_codec.ipynb #c043
 @torch.no_grad()
 def through(
     codec,          # callable `b 3 h w -> b 3 h w`, such as a `Codec`
@@ -199,7 +199,7 @@ def through(
     "Reconstructions, in batches."
     return torch.cat([codec(part.contiguous(memory_format=torch.channels_last)) for part in x.split(batch)]).clamp(-1, 1)
 
-# %% ../nbs/04b_codec.ipynb #c046
+# %% ../nbs/04b_codec.ipynb #c048
 def examine_codec(
     codec,              # callable `b 3 64 64 -> b 3 64 64`
     readers:dict,       # name -> teacher or judge, whose answers on the reconstructions are counted
@@ -216,7 +216,7 @@ def examine_codec(
     values = {'psnr': psnr(x, x_hat), 'ssim': ssim(x, x_hat), 'detail': high_frequency_energy(x_hat) / energy.mean()}
     return values | {f'{name} {a}': v.double() for name, reader in readers.items() for a, v in right(reader, x_hat, scene.labels).items()}
 
-# %% ../nbs/04b_codec.ipynb #c051
+# %% ../nbs/04b_codec.ipynb #c053
 def judged_distance(
     judge:nn.Module, # the judge, whose features no loss has seen
     x:Tensor,        # `b 3 64 64` pictures
@@ -227,7 +227,7 @@ def judged_distance(
     gaps = [(nn.functional.normalize(a, dim=1) - nn.functional.normalize(b, dim=1)).square().sum(1).mean((1, 2)) for a, b in zip(maps(x), maps(y))]
     return torch.stack(gaps).mean(0)
 
-# %% ../nbs/04b_codec.ipynb #c052
+# %% ../nbs/04b_codec.ipynb #c054
 @torch.no_grad()
 def survey(
     codec:Codec,      # trained
@@ -241,7 +241,7 @@ def survey(
     return {k: values[k].mean().item() for k in ('psnr', 'ssim', 'detail', 'teacher toy', 'teacher pattern', 'judge toy', 'judge colour', 'judge pattern')} | {
         'judge distance': judged_distance(readers['judge'], x, through(codec, x)).mean().item(), 'numbers': z[0].numel(), 'roughness': roughness(z), 'tolerance': tolerance(codec, x[:100])}
 
-# %% ../nbs/04b_codec.ipynb #c053
+# %% ../nbs/04b_codec.ipynb #c055
 def codec_point(
     seed,      # of the weights, and which scenes are trained on
     **settings # fields of `CodecCfg` to replace in `SKETCH`
@@ -252,17 +252,17 @@ def codec_point(
     for _ in learn_codec(codec, cfg, progress=False): pass
     return survey(codec.eval())
 
-# %% ../nbs/04b_codec.ipynb #c054
+# %% ../nbs/04b_codec.ipynb #c056
 SKETCH = CodecCfg(dec_width=32, dec_depth=2, perceptual=0., adversarial=0., steps=600, refine=0)
 SPACES = [dict(f=f, k=k, kl=kl) for f, ks in ((4, (4, 8)), (8, (4, 16))) for k in ks for kl in (1e-6, 3e-3, 3e-2)]
 SIZES_OF = [dict(dec_width=w, dec_depth=d) for w, d in ((16, 1), (32, 2), (48, 3), (64, 4))]
 TERMS = [dict(perceptual=p, adversarial=a, steps=300, refine=150) for p in (0., .5) for a in (0., .5)]
 STUDIES = {s.name: s for s in (
     Study('codec-space', codec_point, (*SPACES, dict(f=4, k=4, kl=3e-3, steps=40)), text='Plain codecs after 600 steps of 32 pictures (the last row: after 40); 500 fresh scenes.'),
-    Study('codec-decoder', codec_point, (*SIZES_OF, dict(dec_width=16, dec_depth=1, steps=40)), text='The same encoder with decoders of four sizes, 600 steps (the last row: 40).'),
+    Study('codec-decoder', codec_point, (*SIZES_OF, dict(dec_width=16, dec_depth=1, steps=40)), text='An encoder of one size, trained together with decoders of four, 600 steps (the last row: 40).'),
     Study('codec-terms', codec_point, tuple(TERMS), seeds=(0, 1, 2), text='The same codec with and without the perceptual distance and the critic, 300 + 150 steps.'))}
 
-# %% ../nbs/04b_codec.ipynb #c064
+# %% ../nbs/04b_codec.ipynb #c067
 def coherence(
     x:Tensor,     # `b c h w` pictures
     y:Tensor,     # `b c h w` pictures to compare with
@@ -274,7 +274,7 @@ def coherence(
     plus, minus, xx, yy = (p.sum(0) for p in power.chunk(4))
     return freq, (plus - minus) / (xx * yy).sqrt()
 
-# %% ../nbs/04b_codec.ipynb #c069
+# %% ../nbs/04b_codec.ipynb #c076
 def standardised(
     z:Tensor, # `b k h w` latents
 )->Tensor:    # `b k h w` mean 0 and standard deviation 1 in each channel
@@ -282,7 +282,7 @@ def standardised(
     if z.ndim != 4 or len(z) < 2: raise ValueError(f'latents have shape {tuple(z.shape)}: expected (b, k, h, w) with two pictures or more')
     return (z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)
 
-# %% ../nbs/04b_codec.ipynb #c070
+# %% ../nbs/04b_codec.ipynb #c077
 def roughness(
     z:Tensor,        # `b k h w` latents
     cut:float=.25,   # cycles per place
@@ -293,7 +293,7 @@ def roughness(
     radius = torch.hypot(torch.fft.fftfreq(z.shape[2])[:, None], torch.fft.fftfreq(z.shape[3])[None])
     return (power[radius > cut].sum() / power.sum()).item()
 
-# %% ../nbs/04b_codec.ipynb #c074
+# %% ../nbs/04b_codec.ipynb #c081
 @torch.no_grad()
 def tolerance(
     codec:nn.Module,   # has `encode` and `decode`
