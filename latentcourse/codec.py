@@ -233,7 +233,8 @@ def survey(
     codec:Codec,      # trained
     n:int=500,        # fresh scenes
 )->dict:              # name -> number
-    "What a study of codecs records."
+    "What a study of codecs records, on the CPU."
+    codec = codec.cpu()
     readers = {name: load_oracle(name)[0] for name in ('teacher', 'judge')}
     values = examine_codec(codec, readers, n, 'valid')
     x = draw(scenes(split_seeds('valid', 0, n)))
@@ -269,7 +270,7 @@ def coherence(
 )->tuple:         # frequencies `k` in cycles per pixel, coherence `k` from -1 to 1
     "Correlation of two sets of pictures, frequency by frequency, eq. (4.45)."
     if x.shape != y.shape: raise ValueError(f'pictures of shapes {tuple(x.shape)} and {tuple(y.shape)}: expected the same')
-    both, freq = torch.cat([(x + y) / 2, (x - y) / 2, x, y]), None          # Re(X Y*) = |(X + Y)/2|² - |(X - Y)/2|²
+    both = torch.cat([(x + y) / 2, (x - y) / 2, x, y])                      # Re(X Y*) = |(X + Y)/2|² - |(X - Y)/2|²
     freq, power = radial_spectrum(both.clamp(-1, 1))
     plus, minus, xx, yy = (p.sum(0) for p in power.chunk(4))
     return freq, (plus - minus) / (xx * yy).sqrt()
@@ -289,7 +290,7 @@ def roughness(
 )->float:            # 0: smooth; white noise has about 0.8
     "Share of the latents' variance above a frequency, eq. (4.46)."
     if not 0 <= cut < .5: raise ValueError(f'cut is {cut}: expected 0 to below 0.5 cycles per place')
-    power = torch.fft.fft2(standardised(z.double())).abs().square().mean((0, 1))
+    power = torch.fft.fft2(standardised(z.double())).abs().square().mean((0, 1)).cpu()
     radius = torch.hypot(torch.fft.fftfreq(z.shape[2])[:, None], torch.fft.fftfreq(z.shape[3])[None])
     return (power[radius > cut].sum() / power.sum()).item()
 
@@ -304,5 +305,5 @@ def tolerance(
     "PSNR between what clean and what slightly wrong latents decode to, eq. (4.47)."
     if not noise > 0: raise ValueError(f'noise is {noise}: expected a share of the standard deviation above 0')
     z = codec.encode(x)
-    off = noise * z.std((0, 2, 3), keepdim=True) * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+    off = noise * z.std((0, 2, 3), keepdim=True) * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
     return psnr(codec.decode(z).clamp(-1, 1), codec.decode(z + off).clamp(-1, 1)).mean().item()
