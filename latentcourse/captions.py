@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPELLINGS', 'RULES', 'STATES', 'IMPLIED', 'UNSAID', 'FIELD_NAMES', 'FIELD_INDEX', 'SLOT', 'AN', 'PAIRED', 'STREAM',
-           'N_CHOICES', 'LEXICON', 'SPANS', 'END', 'SENTENCES', 'PHRASES', 'voiced', 'expand', 'spelled', 'plans',
-           'stated', 'facts_of', 'tell', 'flaw', 'label_rows', 'leave_out', 'captions', 'caption', 'describe',
+           'N_CHOICES', 'N_HEARD', 'LEXICON', 'SPANS', 'END', 'SENTENCES', 'PHRASES', 'voiced', 'expand', 'spelled',
+           'plans', 'stated', 'facts_of', 'tell', 'flaw', 'label_rows', 'leave_out', 'captions', 'caption', 'describe',
            'split_words', 'lexicon_of', 'plain_words', 'Token', 'tokens_of', 'tree_of', 'CaptionError', 'expected',
            'stuck', 'follow', 'read_row', 'parse', 'parses', 'versions', 'caption_count', 'caption_bits', 'scene_count',
            'same_labels', 'vocabulary', 'scene_for']
@@ -113,14 +113,15 @@ def spelled(
 # %% ../nbs/00a_captions.ipynb #c023
 @cache
 def plans(
-    symbol:str,   # 'caption' or 'phrase'
-    facts:tuple,  # `(field, value)` pairs, all to be stated
-)->list:          # `(template, words for each slot)`
+    symbol:str,        # 'caption' or 'phrase'
+    facts:tuple,       # `(field, value)` pairs, all to be stated
+    heard:bool=False,  # include what is understood but never said
+)->list:               # `(template, words for each slot)`
     "Templates that state `facts` and nothing else, with the words that fit."
     facts, out = dict(facts), []
-    for template in expand(symbol):
+    for template in expand(symbol, heard):
         kinds = SLOT.findall(template)
-        words = [spelled(k, facts.get(STATES.get(k, k), '')) for k in kinds]
+        words = [spelled(k, facts.get(STATES.get(k, k), ''), heard) for k in kinds]
         if {STATES.get(k, k) for k in kinds} - {''} == set(facts) and all(words): out.append((SLOT.sub('{}', template), words))
     return out
 
@@ -144,13 +145,14 @@ def facts_of(
 AN = re.compile(r'\ba(?= [aeiou])')
 
 def tell(
-    row:list, # ten labels, free of contradictions
-    choose,   # callable `list -> one of its items`
-)->str:       # the caption
+    row:list,         # ten labels, free of contradictions
+    choose,           # callable `list -> one of its items`
+    heard:bool=False, # choose among all that is understood, not among what is said alone
+)->str:               # the caption
     "Say a row of labels; `choose` picks the templates and the words."
     said = []
     for symbol, facts in facts_of(row):
-        template, words = choose(plans(symbol, facts))
+        template, words = choose(plans(symbol, facts, heard))
         said.append(template.format(*map(choose, words)))
     return AN.sub('an', said[0].format(**dict(zip(('first', 'second'), said[1:]))))
 
@@ -189,7 +191,8 @@ def label_rows(
 
 # %% ../nbs/00a_captions.ipynb #c032
 STREAM = 1000 # captions draw from here on
-N_CHOICES = 3 + max(len(SLOT.findall(t)) for t in expand('caption')) + 2 * max(len(SLOT.findall(t)) for t in expand('phrase'))
+N_CHOICES, N_HEARD = (3 + max(len(SLOT.findall(t)) for t in expand('caption', heard)) + 2 * max(len(SLOT.findall(t)) for t in expand('phrase', heard))
+                      for heard in (False, True)) # random numbers for a caption as it is said, and as it may be heard
 
 def leave_out(
     labels:Tensor, # `b 10` checked labels
@@ -210,6 +213,7 @@ def captions(
     labels:Tensor,  # `b 10` labels; -1 is never said
     seeds:Tensor,   # `b` one whole number a caption
     omit:float=0.,  # probability in [0, 1] that an attribute stays unsaid; toys are always named
+    heard:bool=False, # all that the parser understands, not only what is said
 )->list:            # `b` texts
     "One caption for each row of labels, fixed by row and seed."
     labels = label_rows(labels)
@@ -222,9 +226,9 @@ def captions(
     if not 0 <= omit <= 1: raise ValueError(f'omit: expected a probability in [0, 1], not {omit}')
     if not len(labels): return []
     seeds = seeds.long().cpu()
-    draws = uniform(seeds[:, None], STREAM + torch.arange(N_CHOICES)).tolist()
+    draws = uniform(seeds[:, None], STREAM + (N_CHOICES + 2 * len(FIELDS) + torch.arange(N_HEARD) if heard else torch.arange(N_CHOICES))).tolist()
     def chooser(row): return lambda options, u=iter(row): options[int(next(u) * len(options))]
-    return [tell(row, chooser(u)) for row, u in zip(leave_out(labels, seeds, omit).tolist(), draws)]
+    return [tell(row, chooser(u), heard) for row, u in zip(leave_out(labels, seeds, omit).tolist(), draws)]
 
 # %% ../nbs/00a_captions.ipynb #c034
 def caption(

@@ -43,6 +43,17 @@ def test_partial_captions_agree_where_they_speak(labels, omit):
     again = parses(captions(back, torch.arange(len(l)) + 7))       # a paraphrase of a part says the same part
     assert torch.equal(again, back)
 
+@pytest.mark.parametrize('omit', [0., .3])
+def test_heard_captions_read_back(labels, omit):
+    "All that the parser understands can be said, means the same, and is more than the speaker's own words."
+    l, seeds = labels[:5000], torch.arange(5000)
+    texts, back = captions(l, seeds, omit, heard=True), parses(captions(l, seeds, omit, heard=True))
+    assert ((back == l) | (back == -1)).all() and (omit or torch.equal(back, l))
+    assert torch.equal(back == -1, parses(captions(l, seeds, omit)) == -1)                       # the same is left out
+    words = {w for t in texts for w in split_words(t)}
+    assert words - {w for t in captions(l, seeds, omit) for w in split_words(t)} >= {'checkered', 'soft', 'underneath', 'who'}
+    assert sum(t.split()[0] in ('a', 'an', 'there') for t in texts) < .9 * len(texts) and len(set(texts)) > .9 * len(texts)
+
 def test_omission_rate_of_each_field(labels):
     l = labels[labels[:, 0] < LAYOUTS.index('reading')][:15_000]
     back = parses(captions(l, torch.arange(len(l)), .25))
