@@ -36,3 +36,16 @@ def test_batches_that_come_shared(runs): assert gap(runs[1]['straight'][0], runs
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_resumed_to_the_same_bits(runs, n): assert gap(runs[n]['straight'][0], runs[n]['resumed'][0]) == 0
+
+def test_unused_parameters_stay(runs):
+    "What no process reads has no gradient, so weight decay leaves it alone on two processes as it does on one."
+    for n in (1, 2):
+        state = runs[n]['unused'][0]
+        assert gap({k: state[f'unread.{k}'] for k in ('weight', 'bias')}, {k: state[f'first.unread.{k}'] for k in ('weight', 'bias')}) == 0
+        assert gap({'weight': state['read.weight']}, {'weight': state['first.read.weight']}) > .01
+    assert gap(runs[1]['unused'][0], runs[2]['unused'][0]) < 1e-5
+
+def test_gradient_of_one_process_alone(runs):
+    "A parameter that one of two processes reads gets half its gradient, one that none reads gets none."
+    one, two = runs[1]['on_one'][0], runs[2]['on_one'][0]
+    assert gap(two, {k: g / 2 if k.startswith('first') else g for k, g in one.items()}) < 1e-5 and (two['none.weight'] == -1e6).all() and (two['first.weight'] != 0).all()

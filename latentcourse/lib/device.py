@@ -70,8 +70,10 @@ def average_gradients(
 ):
     "Replace gradients, and running statistics, by their mean over the processes."
     params = [p for p in model.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None for p in params]).to(next(model.parameters()))
     for p in params: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    each = [p.grad for p in params] + [b for b in model.buffers() if b.is_floating_point()]
+    each = [used] + [p.grad for p in params] + [b for b in model.buffers() if b.is_floating_point()]
     means = reduce(torch.cat([t.flatten() for t in each]), 'mean').split([t.numel() for t in each])
     with torch.no_grad():
         for t, mean in zip(each, means): t.copy_(mean.reshape(t.shape))
+    for p, some in zip(params, used.tolist()): p.grad = p.grad if some else None      # used nowhere: none, or weight decay would move it
