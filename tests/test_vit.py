@@ -9,6 +9,7 @@ from torch import nn
 from latentcourse import vit as vt
 from latentcourse.lib.check import agree
 from latentcourse.lib.checkpoint import check_figures, figure
+from latentcourse.lib.study import load_study
 from latentcourse.toybox import backdrop, draw, split_seeds
 
 double = torch.float64
@@ -176,6 +177,27 @@ def test_lone_scenes_hold_one_toy():
     scene = vt.lone(split_seeds('valid', 0, 300))
     assert (scene.labels[:, 6] == -1).all() and set(scene.labels[:, 0].tolist()) == {0, 1, 2}
     for a, (k, answers) in vt.QUESTIONS.items(): assert set(scene.labels[:, k].tolist()) == set(range(len(answers))), a
+
+def test_studies_are_recorded():
+    for study in (vt.SIZE_STUDY, vt.PROBE_STUDY): assert all(len(r['seeds']) == 3 for r in load_study(study).rows())
+
+def test_equal_parameters_in_the_study():
+    rows = load_study(vt.SIZE_STUDY).rows()
+    for data in vt.SIZES_TRIED:
+        cnn, vit = ({r['values']['parameters'][0] for r in rows if r['settings']['net'] == net and r['settings']['data'] == data} for net in ('cnn', 'vit'))
+        assert len(cnn) == len(vit) == 1 and abs(cnn.pop() / vit.pop() - 1) < .1
+
+def test_shuffled_digits_are_the_same_patches():
+    "The same order for every picture and every seed, and the answers unmoved."
+    plain, mixed = vt.sized_data('digits', 50, 3), vt.sized_data('shuffled', 50, 3)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    for i in (0, 2): assert torch.equal(vt.patchify(mixed[i], 2), vt.patchify(plain[i], 2)[:, order]) and torch.equal(mixed[i + 1], plain[i + 1])
+    with pytest.raises(ValueError, match='expected toys, digits or shuffled'): vt.sized_data('toy', 50, 0)
+
+def test_learned_and_asked_pictures_differ():
+    for data in ('toys', 'digits'):
+        x, y, test, want = vt.sized_data(data, 200, 1)
+        assert len(x) == len(y) == 200 and len(test) == len(want) and not (set(map(tuple, x.flatten(1).tolist())) & set(map(tuple, test.flatten(1).tolist())))
 
 # ---- measures -----------------------------------------------------------------------------------------------------------------------
 
