@@ -60,14 +60,18 @@ def trained(loss):
     log = [r.loss for r in fit(lambda b: loss(m, *b), m, [columns(i) for i in range(4)], 4, lr=1e-2, device='cpu', progress=False)]
     return {**m.state_dict(), 'loss': torch.tensor(log)}
 
-class Copied(contrastive.Gather): # the historic bug: numbers without gradients
+class Own(contrastive.Gather): # the gradient of the own loss alone, as if the own rows were put back among the copies
     @staticmethod
     def backward(ctx, grad): return grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
+class Plain(contrastive.Gather): # numbers without gradients: what `all_gather` alone does
+    @staticmethod
+    def backward(ctx, grad): return 0 * grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
 def main(folder):
     found = {f'grad-{k}': gradients(f) for k, f in LOSSES.items()} | {f'fit-{k}': trained(LOSSES[k]) for k in FITS} | {f'open-{k}': gradients(f) for k, f in THEIRS.items()}
-    true, contrastive.Gather = contrastive.Gather, Copied
-    found['grad-copied'] = gradients(LOSSES['softmax'])
+    true = contrastive.Gather
+    for name, contrastive.Gather in (('own', Own), ('plain', Plain)): found[f'grad-{name}'] = gradients(LOSSES['softmax'])
     contrastive.Gather = true
     if processes().is_main_process:
         for name, state in found.items(): save(folder / f'{name}.safetensors', state, {'processes': processes().num_processes})

@@ -178,6 +178,58 @@ def test_information_bound(seed, x, c, n):
     info = (joint * score).sum()
     assert -1e-9 <= shown <= min(info, math.log(n)) + 1e-9
 
+def batches_of(n, joint): # picture, caption and weight of all batches of n pairs
+    b = torch.cartesian_prod(*[torch.arange(joint.numel())] * n)
+    return b // joint.shape[1], b % joint.shape[1], joint.flatten()[b].prod(1)
+
+@pytest.mark.parametrize('seed', range(3))
+def test_duplicates_leave_the_best_score_and_masking_moves_it(seed):
+    "All batches of three pairs, with logits as free numbers."
+    joint = normals(seed, 3, 2).abs() + .1
+    joint, slopes = joint / joint.sum(), {}
+    x, c, weight = batches_of(3, joint)
+    for masked in (False, True):
+        score = contrastive.best_score(joint).requires_grad_()
+        logits = score[x[:, :, None], c[:, None]]
+        if masked: logits = logits.masked_fill((c[:, :, None] == c[:, None]) & ~torch.eye(3, dtype=torch.bool), -math.inf)
+        total = (weight * (logits.logsumexp(2) + logits.logsumexp(1) - 2 * logits.diagonal(dim1=1, dim2=2)).mean(1) / 2).sum()
+        slopes[masked] = torch.autograd.grad(total, score)[0].abs().max().item()
+    assert slopes[False] < 1e-12 < 1e-3 < slopes[True]
+
+def test_masked_logits_are_those_of_groups():
+    "What the test above masks by hand is what `groups` does."
+    u, v, g = normals(0, 7, 4), normals(1, 7, 4), ids(2, 7, 3)
+    logits = (math.exp(1.3) * contrastive.cosine(u, v)).masked_fill((g[:, None] == g) & ~torch.eye(7, dtype=torch.bool), -math.inf)
+    want = (F.cross_entropy(logits, torch.arange(7), reduction='none') + F.cross_entropy(logits.T, torch.arange(7), reduction='none')) / 2
+    assert torch.allclose(contrastive.clip_losses(u, v, 1.3, g), want, atol=1e-12)
+
+@pytest.mark.parametrize('n', [2, 5, 40])
+def test_best_logit_of_the_relabelled_sigmoid(n):
+    joint = normals(3, 4, 3).abs() + .05
+    joint = joint / joint.sum()
+    c, given = joint.sum(0), joint / joint.sum(1, keepdim=True)
+    z = ((given / (1 - given)).log() + ((1 + (n - 1) * c) / ((n - 1) * c)).log()).requires_grad_()
+    loss = 0.
+    for x, own in itertools.product(range(4), range(3)):                          # a row: its own caption and n - 1 strangers' captions, relabelled
+        label = (torch.arange(3) == own).double()
+        loss = loss + joint[x, own] * (F.softplus(-z[x, own]) + (n - 1) * (c * (label * F.softplus(-z[x]) + (1 - label) * F.softplus(z[x]))).sum())
+    assert torch.autograd.grad(loss, z)[0].abs().max() < 1e-12
+
+def test_sigmoid_floors_of_unequal_groups_are_reached_together():
+    "One scale and one bias, pictures just so far from their caption that its logit is -log(m - 1)."
+    g = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    m, a = (g[:, None] == g).sum(1), 400.
+    v, side = torch.eye(6, dtype=torch.float64)[:3][g], torch.eye(6, dtype=torch.float64)[3:][g]
+    want = torch.tensor([-math.log(3), 0., 40.], dtype=torch.float64)[g]                           # the wanted logits, with a bias of -a / 2
+    cos = (want + a / 2) / a
+    u = cos[:, None] * v + (1 - cos**2).sqrt()[:, None] * side
+    assert abs(contrastive.sigmoid_losses(u, v, math.log(a), -a / 2).mean() - contrastive.sigmoid_floor(m).mean()) < 1e-9
+
+@pytest.mark.parametrize('n', [2, 3, 128])
+def test_first_loss_to_second_order(n):
+    "The excess is half the variance within a row: (1 - 1/n) a^2 / 2d."
+    assert abs((contrastive.first_loss(n, 512, 0.) - math.log(n)) / ((1 - 1 / n) / 1024) - 1) < .01
+
 def test_search():
     u = normals(0, 40, 8)
     assert contrastive.recall(u, u)['image to text R@1'] == 1 and contrastive.recall(torch.ones(40, 3), torch.ones(40, 3), (1, 39)) == {f'{w} R@{k}': 0. for w in ('image to text', 'text to image') for k in (1, 39)}
@@ -247,7 +299,10 @@ def test_training_of_two_is_that_of_one(runs, kind):
     assert ((logs[0] - logs[1]).abs() <= 4 * torch.finfo(torch.float32).eps * logs[0].abs()).all()
     if kind in ('softmax', 'masked'): assert apart({'bias': one['bias'], 'of two': two['bias']}, {'bias': first['bias'], 'of two': first['bias']}) == 0    # not used, so not decayed either
 
-def test_a_gather_without_gradient_is_caught(runs): assert apart(runs[1]['grad-copied'][0], runs[2]['grad-copied'][0]) > 1e-3
+def test_a_gather_without_gradient_is_caught(runs):
+    "Own rows put back in their place, and numbers only: two other losses, and not the same one."
+    own, plain = runs[2]['grad-own'][0], runs[2]['grad-plain'][0]
+    assert min(apart(runs[1]['grad-softmax'][0], bad) for bad in (own, plain)) > 1e-3 and apart(own, plain) > 1e-3
 
 def test_open_clip_on_two_processes(runs):
     "With gradients through the gather it is ours. By default towers get half (one over the number of processes), the scale all. With `local_loss` alone, rows get no gradient as candidates: another loss."
