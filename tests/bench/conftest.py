@@ -31,7 +31,8 @@ def race(figure):
         start = time.process_time()
         loss = call()
         return time.process_time() - start, loss
-    def run(name, peer, ours, theirs, pairs, same=1e-4):
+    def run(name, peer, ours, theirs, pairs, same=1e-4, short=None):
+        short = short or name
         threads = torch.get_num_threads(); torch.set_num_threads(1)
         try:
             first = [timed(c)[1] for c in (ours, theirs)]                          # warm up; the same loss from the same weights
@@ -42,8 +43,8 @@ def race(figure):
         finally: torch.set_num_threads(threads)
         middle, low, high = ratio_of_pairs(*times)
         for who, t in (('course', times[0]), (peer, times[1])): figure(f'{name}, {who}', sorted(t)[pairs // 2], 's')
-        figure(f'{name}, course / {peer}, median of {pairs} pairs', middle, 'ratio')
-        figure(f'{name}, ratio, lower end of 95 %', low, 'ratio'); figure(f'{name}, ratio, upper end of 95 %', high, 'ratio')
+        figure(f'{short}, course / {peer}, median of {pairs} pairs', middle, 'ratio')
+        figure(f'{short}, ratio, lower end of 95 %', low, 'ratio'); figure(f'{short}, ratio, upper end of 95 %', high, 'ratio')
         print(f'ratio {middle:.3f} [{low:.3f}, {high:.3f}]:', 'faster' if high < 1 else 'slower' if low > 1 else 'no difference shown')
         assert low <= 1, f'slower than {peer}: ratio {middle:.3f} [{low:.3f}, {high:.3f}]'
     return run
