@@ -89,6 +89,20 @@ def test_changes_are_the_difference_of_the_counts(word, pair):
     for p in set(want) | set(got):
         if p != pair: assert got[p] == want[p], p
 
+@given(st.lists(st.integers(0, 2), max_size=30), st.tuples(st.integers(0, 2), st.integers(0, 2)))
+def test_what_a_merge_creates_holds_the_new_token(word, pair):
+    "So a pair of two old tokens never comes back."
+    after, changes = replace_pair(word, pair, 9)
+    assert all(9 in p for p, sign in changes if sign > 0)
+    assert pair[0] == pair[1] or pair not in zip(after, after[1:])
+
+def test_rows_of_english_get_longer_from_words_to_sub_words_to_characters():
+    from pydoc_data.topics import topics
+    manual = list(topics.values())[::4]
+    made = Bpe(learn_merges(count_pieces(manual[::2]), 10_000))
+    words, tokens, letters = (sum(len(f(t)) for t in manual[1::2]) for f in (pieces, made.encode, list))
+    assert 1.05 * words < tokens < letters / 2
+
 @given(WORDS)
 def test_books_stay_right(texts):
     words, times = [list(t.encode()) for t in texts], [1 + i % 3 for i in range(len(texts))]

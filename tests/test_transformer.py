@@ -103,6 +103,37 @@ def test_nobody_sees_the_future_or_the_padding(norm):
     short, padded = tower(z[:, :5]), tower(z, mask=tr.padding_mask(torch.tensor([5]), 9))
     assert gap(short, padded[:, :5]) < 1e-12
 
+def moved(f, n=6, d=12):
+    "How far output i moves when token j is replaced, `n n`: sees what a derivative cannot."
+    x = rand(1, n, d)
+    other = x.repeat(n, 1, 1)
+    other[range(n), range(n)] = rand(n, d, seed=1)
+    return (f(other) - f(x)).norm(dim=-1).T
+
+@pytest.mark.parametrize('norm', ['pre', 'post'])
+def test_a_replaced_token_moves_nothing_before_it(norm):
+    torch.manual_seed(0)
+    tower = tr.Transformer(2, 12, 3, norm=norm).double()
+    with torch.no_grad():
+        honest = moved(lambda x: tower(x, mask=tr.causal_mask(6), turn=tr.rotary(6, 4, dtype=D)))
+        assert honest.triu(1).max() < 1e-12 and (honest.tril() + torch.ones(6, 6).triu(1) > 0).all()
+    sly = lambda x: tower(x, mask=tr.causal_mask(6)) + x.roll(-1, 1).detach()
+    J = torch.autograd.functional.jacobian(lambda x: sly(x)[0], rand(1, 6, 12))[:, :, 0].square().sum((1, 3))
+    assert J.triu(1).max() == 0 < .1 < moved(sly).triu(1).max()
+
+def test_a_causal_tower_without_places_knows_some_order():
+    "One block cannot tell an exchange of two earlier tokens, two can: equivariance is a matter of no mask."
+    torch.manual_seed(0)
+    x, swap, mask = rand(1, 5, 12), [1, 0, 2, 3, 4], tr.causal_mask(5)
+    one, two = (gap(t(x, mask=mask)[:, -1], t(x[:, swap], mask=mask)[:, -1]) for t in (tr.Transformer(n, 12, 3).double() for n in (1, 2)))
+    assert one < 1e-12 < 1e-4 < two
+
+def test_scores_of_a_fresh_layer_do_not_grow_with_the_width():
+    torch.manual_seed(0)
+    for d in (16, 64, 256):
+        q, k, _ = tr.Attention(d, 4).qkv(F.layer_norm(torch.randn(32, 16, d), (d,)))
+        assert .09 < (torch.einsum('bgnd,bgmd->bgnm', q, k) / math.sqrt(d // 4)).var() < .14
+
 def test_a_query_with_nothing_to_look_at_brings_back_nothing():
     q, mask = rand(1, 1, 3, 4).requires_grad_(), torch.ones(3, 3, dtype=torch.bool)
     mask[1] = False
