@@ -125,27 +125,6 @@ TEXT = {'CPU': TextCfg()}                                                   # a 
 TEXT['SHIPPED'] = replace(TEXT['CPU'], scenes=30_000, steps=4_500)           # some ten minutes
 TEXT['GPU'] = replace(TEXT['CPU'], d=256, depth=4, heads=8, scenes=200_000, steps=20_000, batch=512, lr=1e-3)
 
-# %% ../nbs/05c_text.ipynb #c024
-@dataclass(frozen=True)
-class TextCfg:
-    d:int=128           # width of a token
-    depth:int=3         # blocks
-    heads:int=4         # heads of a block
-    length:int=64       # longest caption in tokens, BOS and EOS included
-    places:bool=True    # a learned vector for each place
-    causal:bool=False   # nobody looks ahead, and the last token is the pooled one
-    scenes:int=12_000   # scenes to read about, each in five captions
-    steps:int=1_500     # training steps
-    batch:int=128       # captions a step
-    lr:float=2e-3       # peak learning rate
-    decay:float=.01     # weight decay
-    seed:int=0          # seeds weights and order
-    first:int=0         # first training scene
-
-TEXT = {'CPU': TextCfg()}                                                   # a few minutes of one core
-TEXT['SHIPPED'] = replace(TEXT['CPU'], scenes=30_000, steps=4_500)           # some ten minutes
-TEXT['GPU'] = replace(TEXT['CPU'], d=256, depth=4, heads=8, scenes=200_000, steps=20_000, batch=512, lr=1e-3)
-
 # %% ../nbs/05c_text.ipynb #c025
 def text_pool(
     cfg:TextCfg, # configuration
