@@ -258,7 +258,7 @@ class ClipCfg:
     first:int=2**31    # first training scene
 
 CLIP = {'CPU': ClipCfg()}
-CLIP['SHIPPED'] = replace(CLIP['CPU'], steps=6_000)                              # an hour of one core
+CLIP['SHIPPED'] = replace(CLIP['CPU'], steps=6_000)                              # an hour and a half of one busy core
 CLIP['GPU'] = replace(CLIP['CPU'], d=384, depth=8, text_depth=6, heads=6, steps=30_000, batch=1024)
 
 def build_clip(

@@ -1,5 +1,5 @@
 "Chapter 7, pairs and strangers: open_clip in double precision, floors by brute force, refusals, two processes equal to one, and the historic bugs."
-import inspect, itertools, math, os, socket, subprocess, sys
+import inspect, itertools, math
 from hashlib import blake2b
 import pytest, torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import nn
 import contrastive_child
 from contrastive_child import reference
 from latentcourse import contrastive
-from latentcourse.lib.checkpoint import load
+from two_processes import by_one_and_two, apart
 
 def normals(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 def sphere(x): return x / x.norm(dim=1, keepdim=True)
@@ -264,26 +264,8 @@ def test_refuses(name):
 
 # ---- two processes ----------------------------------------------------------------------------------------------------------------
 
-def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return str(s.getsockname()[1])
-
-def launch(folder):
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-                           '--main_process_port', free_port(), contrastive_child.__file__, str(folder)], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
-
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-    if sys.platform == 'win32': pytest.skip('torch on Windows is built without libuv, which the launcher asks for')
-    found = {}
-    for n, go in ((1, contrastive_child.main), (2, launch)):
-        folder = tmp_path_factory.mktemp(f'pairs{n}')
-        go(folder)
-        found[n] = {p.stem: load(p) for p in folder.glob('*.safetensors')}
-    return found
-
-def apart(a, b): return max((a[k] - b[k]).abs().max().item() for k in {*a, *b})
+def runs(tmp_path_factory): return by_one_and_two(contrastive_child, tmp_path_factory)
 
 def test_two_took_part(runs): assert {n: r['grad-softmax'][1]['processes'] for n, r in runs.items()} == {1: 1, 2: 2}
 
