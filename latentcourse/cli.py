@@ -165,7 +165,9 @@ MODELS = {'teacher':     ('latentcourse.oracle', 'train_oracle', 'TEACHER', (2, 
           'vit':         ('latentcourse.vit', 'train_vit', 'VIT', (2, 3, 64, 64)),
           'seq2seq':     ('latentcourse.seq2seq', 'train_seq2seq', 'SEQ2SEQ', lambda cfg: import_module('latentcourse.seq2seq').seq2seq_probe),
           'text':        ('latentcourse.text', 'train_text', 'TEXT', lambda cfg: import_module('latentcourse.text').probe_text),
-          'clip':        ('latentcourse.clip', 'train_clip', 'CLIP', lambda cfg: import_module('latentcourse.clip').clip_probe)}
+          'clip':        ('latentcourse.clip', 'train_clip', 'CLIP', lambda cfg: import_module('latentcourse.clip').clip_probe),
+          'unet':        ('latentcourse.unet', 'train_unet', 'UNET', lambda cfg: import_module('latentcourse.unet').unet_probe),
+          'digits':      ('latentcourse.unet', 'train_unet', 'DIGITS', lambda cfg: import_module('latentcourse.unet').unet_probe)}
 
 # %% ../nbs/cli.ipynb #c021
 def config_of(

@@ -104,6 +104,14 @@ def test_capitals_and_punctuation_are_not_heard(encoder):
     for variant in ('A Big RED ball, to the left of a small blue car!', '  a big\tred ball\nto the left of a small blue car...', 'a big “red” ball to the left of a small (blue) car'):
         for got, want in zip(T.encode(encoder, [variant]), T.encode(encoder, PAIR[:1])): assert torch.equal(got, want)
 
+def test_the_loss_never_reaches_the_last_vectors_of_words(encoder):
+    "What a generator is handed at a word was made for [BOS]: no gradient comes there."
+    ids, lengths = T.caption_ids(PAIR)
+    x, mask, after = encoder.embed(ids).detach().requires_grad_(), encoder.mask(lengths, ids.shape[1]), []
+    for block in encoder.blocks.blocks: after.append(x := block(x, mask=mask))
+    pulls = torch.autograd.grad(T.slot_loss(encoder.slots(encoder.blocks.norm(x)[:, 0]), parses(PAIR)).sum(), after)
+    assert (pulls[-1][:, 1:] == 0).all() and (pulls[-1][:, 0] != 0).any() and (pulls[-2][:, 1:] != 0).any()
+
 # ---- the loss -----------------------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=25, deadline=None)
@@ -145,8 +153,7 @@ def test_no_lesson_has_a_held_out_combination():
 def test_labels_are_what_the_parser_reads(manner, first):
     texts, labels = T.lessons(20, 'test', first, *manner)
     assert len(texts) == len(labels) == 20
-    for text, row in zip(texts, labels):
-        if 'beach ball' not in text: assert torch.equal(parses([text])[0], row)      # on the beach ball and car: the one joint that can be read in two ways
+    assert torch.equal(parses(texts), labels)
 
 def test_batches_by_length():
     pool = T.text_pool(SMALL)
