@@ -250,7 +250,7 @@ class ClipCfg:
     stem:int=64        # channels behind two convolutions; 0: patches of pixels
     length:int=64      # most tokens of a caption
     twins:float=.5     # share of the batch that are twins of the rest
-    steps:int=2_000    # training steps
+    steps:int=1_400    # training steps
     batch:int=128      # pairs a step
     lr:float=1e-3      # peak learning rate
     decay:float=.05    # weight decay of matrices
