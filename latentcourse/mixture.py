@@ -272,7 +272,7 @@ def log_tilted(
     y:int,      # class
     w:float,    # 0: all data, 1: the class, more: more of it
 )->Tensor:      # `b` nats, up to a constant
-    "Log p_t(xt) p(y | xt)^w, eq. (8.52)."
+    "Log p_t(xt) p(y | xt)^w; at t = 1 the tilted law, eq. (8.52), before that not its noised version."
     if not (type(y) is int and 0 <= y < gm.classes): raise ValueError(f'y is {y!r}: expected one of the classes 0 to {gm.classes - 1}')
     return log_density(gm, path, xt, t) + w * exact_classifier(gm, path, xt, t)[:, y]
 

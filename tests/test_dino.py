@@ -54,7 +54,9 @@ def test_elsewhere_changes_the_ground_alone_and_is_the_same_in_any_batch():
     assert abs(same - .2) < 5 * (.16 / 200)**.5
     assert torch.equal(dn.elsewhere(dn.single(torch.arange(50, 60))).offset, there.offset[50:60])
     inside = (dn.draw(scene, 64) - dn.draw(there, 64)).abs()[:, :, 28:36, 28:36].flatten(1).median(1).values
-    assert inside.median() < .02                                                              # the toy's middle is the same paint
+    plain = scene.labels[:, 4] != 4                                                           # strands of plush are drawn anew
+    assert (inside[plain] < .02).double().mean() > .95                                        # the toy's middle is the same paint
+    assert all(torch.equal(getattr(there, k), getattr(scene, k)) for k in ('place', 'turn', 'coat', 'second', 'phase'))
 
 # ---- the loss -----------------------------------------------------------------------------------------------------------------------
 
@@ -95,10 +97,10 @@ def test_information_is_zero_for_both_collapses_and_log_n_for_a_code():
 # ---- training -----------------------------------------------------------------------------------------------------------------------
 
 def test_every_parameter_learns_and_the_teacher_gets_no_gradient():
-    student = dn.build_dino(TINY)
+    student = dn.build_dino(replace(TINY, decay=0.))                                          # decay would move a matrix that nothing reads
     before = {k: v.clone() for k, v in student.named_parameters()}
     ema = dn.teacher_of(student, .9)
-    for _ in dn.learn_dino(student, TINY, ema, progress=False): pass
+    for _ in dn.learn_dino(student, replace(TINY, decay=0.), ema, progress=False): pass
     still = [k for k, v in student.named_parameters() if torch.equal(v.cpu(), before[k])]
     assert not still, still
     assert all(q.grad is None for q in ema.module.parameters()) and torch.equal(ema.module.center, student.center) and student.center.abs().max() > 0
@@ -119,9 +121,23 @@ def test_training_is_repeatable_and_resumes(tmp_path):
             if len(log) == steps: break
         return ema.module, log
     a, la = run()
+    run(steps=2, out=tmp_path / 'half')
+    d, ld = run(out=tmp_path / 'half', resume=True)
+    assert ld == la and all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), d.state_dict().values()))
     b, lb = run(out=tmp_path / 'whole')
     c, lc = run(out=tmp_path / 'whole', resume=True)
     assert la == lb == lc and all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), c.state_dict().values()))
+
+def test_views_come_in_order_and_the_first_loss_is_theirs():
+    x, y = torch.full((5, 3, 32, 32), -.5), torch.full((5, 3, 32, 32), .5)
+    whole, part = dn.views(x, y, replace(TINY, hue=0., spread=0., parts=3))
+    assert torch.allclose(whole, torch.cat([k[..., :24, :24] for k in (x, y)]), atol=1e-5) and torch.allclose(part, torch.cat([k[..., :12, :12] for k in (x, y, x)]), atol=1e-5)
+    cfg = replace(TINY, steps=1)
+    student, copy, scene = dn.build_dino(cfg), dn.build_dino(cfg), dn.single(cfg.first + torch.arange(8))
+    torch.manual_seed(3); r = list(dn.learn_dino(student, cfg, dn.teacher_of(student, .9), progress=False))[0]
+    torch.manual_seed(3); w, p = dn.views(draw(scene, 32), draw(dn.elsewhere(scene), 32), cfg)
+    with torch.no_grad(): t, s = torch.stack([copy(k) for k in w.split(8)]), torch.stack([copy(k) for k in (*w.split(8), *p.split(8))])
+    assert r.loss == pytest.approx(dn.dino_losses(dn.teacher_says(t, torch.zeros(8), cfg.teacher), s).mean().item(), abs=1e-4)
 
 def test_words_that_are_no_configuration():
     with pytest.raises(ValueError, match='ground'): dn.build_dino(replace(TINY, ground='none'))
