@@ -166,3 +166,17 @@ def test_a_real_kernel_stores_palette_figures(monkeypatch):
     pictures = [Image.open(io.BytesIO(p)) for p in pngs]
     assert len(pictures) == 2 and all(p.mode == 'P' for p in pictures)
     assert pictures[1].convert('RGB').getpixel((0, 0)) == tuple(int(viz.THEMES['dark']['card'][i:i + 2], 16) for i in (1, 3, 5))
+
+def test_slider_shows_one_frame_and_needs_no_network():
+    import re
+    frames = [images(2) * k for k in (.2, .6, 1.)]
+    s = viz.show_slider(frames, ['a & b', 'c"d', 'e'], 'w', 'Two noisy squares, stronger from frame to frame.', start=1)
+    html = s._repr_html_()
+    assert html.count('<img') == 3 and html.count('display:block') == 1 and 'value="1"' in html and '://' not in html
+    assert re.findall('title="([^"]*)"', html) == ['a &amp; b', 'c&quot;d', 'e'] and '<output>c&quot;d</output>' in html
+    assert len({bytes(p) for p in s.pngs}) == 3 and sum(map(len, s.pngs)) <= 300_000 and repr(s) == 'slider over w: a & b, c"d, e'
+
+@pytest.mark.parametrize('bad', [dict(frames=1), dict(labels=2), dict(start=3), dict(alt='short')])
+def test_slider_says_what_is_wrong(bad):
+    with pytest.raises(ValueError, match='expected'):
+        viz.show_slider([images(2)] * bad.get('frames', 3), list(range(bad.get('labels', bad.get('frames', 3)))), 'w', bad.get('alt', 'Two noisy squares.....'), start=bad.get('start', 0))
