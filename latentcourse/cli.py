@@ -168,7 +168,9 @@ MODELS = {'teacher':     ('latentcourse.oracle', 'train_oracle', 'TEACHER', (2, 
           'text':        ('latentcourse.text', 'train_text', 'TEXT', lambda cfg: import_module('latentcourse.text').probe_text),
           'clip':        ('latentcourse.clip', 'train_clip', 'CLIP', lambda cfg: import_module('latentcourse.clip').clip_probe),
           'unet':        ('latentcourse.unet', 'train_unet', 'UNET', lambda cfg: import_module('latentcourse.unet').unet_probe),
-          'digits':      ('latentcourse.unet', 'train_unet', 'DIGITS', lambda cfg: import_module('latentcourse.unet').unet_probe)}
+          'digits':      ('latentcourse.unet', 'train_unet', 'DIGITS', lambda cfg: import_module('latentcourse.unet').unet_probe),
+          'latent_unet': ('latentcourse.classifier_guidance', 'train_latent_unet', 'LATENT', lambda cfg: import_module('latentcourse.classifier_guidance').latent_probe),
+          'noisy_classifier': ('latentcourse.classifier_guidance', 'train_classifier', 'CLASSIFIER', lambda cfg: import_module('latentcourse.classifier_guidance').classifier_probe)}
 
 # %% ../nbs/cli.ipynb #c021
 def config_of(
