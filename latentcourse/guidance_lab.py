@@ -327,6 +327,6 @@ def toy_point(
     seen = {name: read(lab_models()[name], x) for name in ('teacher', 'judge')}
     return {name: (rows[:, 2] == y).double().mean().item() for name, rows in seen.items()} | {'variety': bits_of_looks(seen['judge'], y), 'Fréchet': frechet_distance(real_looks()[0], teacher_features(x)), 'calls': calls}
 
-GUIDANCE_LAB = Study('guidance-lab', toy_point, (dict(rule='guidance', w=1., n=256), *grid({'rule': tuple(LAB_RULES), 'w': (1.5, 2., 3., 5.), 'n': (256,)})), seeds=(0, 1, 2),
-                     text='256 toys of eight kinds painted with 25 Euler steps: share in which teacher and judge see the wanted toy, variety of colours and backgrounds within a toy (bits, by the judge), Fréchet distance to 256 real scenes after the codec in the teacher\'s features, network calls a picture. At w = 1 all rules are the condition alone.')
+GUIDANCE_LAB = Study('guidance-lab', toy_point, (dict(rule='guidance', w=1., n=256), *grid({'rule': tuple(LAB_RULES), 'w': (1.5, 2., 3., 5.), 'n': (256,)}), dict(rule='guidance', w=3., n=64)), seeds=(0, 1, 2),
+                     text='256 toys (the last row: 64) of eight kinds painted with 25 Euler steps: share in which teacher and judge see the wanted toy, variety of colours and backgrounds within a toy (bits, by the judge), Fréchet distance to 256 real scenes after the codec in the teacher\'s features, network calls a picture. At w = 1 all rules are the condition alone.')
 STUDIES = {GUIDANCE_LAB.name: GUIDANCE_LAB}
