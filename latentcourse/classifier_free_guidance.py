@@ -104,6 +104,7 @@ def cfg_velocity(
     y_null=None,  # what is walked away from, an index or `b` of them; no class, `model.classes`, if left out
 )->Tensor:        # `b ...`
     "Both answers from one call of twice the batch, and the line through them, eq. (10.10)."
+    if y.shape != xt.shape[:1]: raise ValueError(f'y has shape {tuple(y.shape)}: expected one int64 class for each of {len(xt)} states')
     null = y_null if isinstance(y_null, Tensor) else torch.full_like(y, model.classes if y_null is None else y_null)
     if not isinstance(w, Tensor) and (w == 0 or w == 1): return model(xt, t, y if w == 1 else null)
     empty, told = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([null, y])).chunk(2)

@@ -232,3 +232,8 @@ def test_regression_finds_both_answers_only_if_silence_has_its_own_index(null, f
     side = xt[:, 0] > 0
     worst = max(abs(z_score(off[(told == c) & s, 0], 0.)) for c in told.unique() for s in (side, ~side))
     assert (worst < 5) == fine, worst
+
+def test_a_class_for_each_state():
+    from latentcourse.classifier_guidance import LATENT
+    net = build_latent_unet(LATENT['WEAK']).eval()
+    with pytest.raises(ValueError, match='one int64 class for each of 4 states'): cfg_field(net, torch.arange(3), 3.)(torch.randn(4, 4, 16, 16), torch.rand(4))
