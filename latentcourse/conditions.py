@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from .captions import captions
-from .classifier_free_guidance import guide
+from .classifier_free_guidance import guide, latent_noise
 from .classifier_guidance import decoded
 from .clip import load_clip
 from .codec import load_codec
@@ -200,7 +200,7 @@ def heard_latents(
     said, silence = what_is_told(model.way, texts), what_is_told(model.way, [''])
     silence = tuple(None if p is None else p.expand(len(texts), *p.shape[1:]) for p in silence)
     def field(xt, t): return guide(model(xt, t, *silence), model(xt, t, *said), w)
-    return last(euler(field, torch.randn(len(texts), 4, 16, 16, generator=torch.Generator().manual_seed(seed)), times(steps)))
+    return last(euler(field, latent_noise(len(texts), seed), times(steps)))
 
 def survey_listener(
     model:Listener,    # trained

@@ -30,7 +30,7 @@ def test_autoguidance_is_diffusers(w):
     guiders = pytest.importorskip('diffusers.guiders')
     weak, good = answers()
     theirs = guiders.AutoGuidance(guidance_scale=w, auto_guidance_layers=[0], dropout=1.)
-    torch.testing.assert_close(lab.extrapolated(weak, good, w) if w != 1 else good, theirs.forward(good, weak).pred, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lab.guide(weak, good, w) if w != 1 else good, theirs.forward(good, weak).pred, rtol=0, atol=1e-12)
 
 @pytest.mark.parametrize('w', [1.5, 4.])
 def test_zero_star_is_diffusers(w):
@@ -100,7 +100,7 @@ def test_guidance_is_the_same_in_every_target(w, kind):
     t = torch.full((60,), .4, dtype=double)
     a, b = (convert(COSINE, exact_velocity(TOWNS, COSINE, points, t, y), points, t, 'v', kind) for y in (None, torch.ones(60, dtype=torch.int64)))
     whole = lab.guided_field(exact_field(TOWNS, COSINE), exact_field(TOWNS, COSINE, 1), w)(points, t)
-    torch.testing.assert_close(convert(COSINE, whole, points, t, 'v', kind), lab.extrapolated(a, b, w), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(convert(COSINE, whole, points, t, 'v', kind), lab.guide(a, b, w), rtol=1e-8, atol=1e-8)
 
 RULES = pytest.mark.parametrize('rule', lab.LAB_RULES)
 
@@ -161,7 +161,7 @@ def test_interval_bugs():
     refuses(lambda: check_interval(outside))
     refuses(lambda: check_interval(lambda o, c, w, a, b: lab.interval_field(o, c, w, 1 - b, 1 - a)))                        # noise at t = 1, as half of the papers have it
     refuses(lambda: check_interval(lambda o, c, w, a, b: lab.interval_field(o, c, w, b, a)))                                # ends swapped
-    refuses(lambda: check_interval(lambda o, c, w, a, b: lambda xt, t: lab.extrapolated(o(xt, t), c(xt, t), w if a <= float(t[0]) <= b else 1.)))   # asks for nothing
+    refuses(lambda: check_interval(lambda o, c, w, a, b: lambda xt, t: lab.guide(o(xt, t), c(xt, t), w if a <= float(t[0]) <= b else 1.)))   # asks for nothing
 
 def check_rescaled(f):
     a, b = answers()
@@ -207,7 +207,7 @@ def check_zero_star(make):
 
 def test_zero_star_bugs():
     check_zero_star(lab.zero_star_field)
-    def with_scale(scale): return lambda o, c, w: lambda xt, t: lab.extrapolated(scale(o(xt, t), c(xt, t)) * o(xt, t), c(xt, t), w)
+    def with_scale(scale): return lambda o, c, w: lambda xt, t: lab.guide(scale(o(xt, t), c(xt, t)) * o(xt, t), c(xt, t), w)
     check_zero_star(with_scale(lambda o, c: lab.inner(o, c) / lab.inner(o, o)))
     refuses(lambda: check_zero_star(with_scale(lambda o, c: lab.inner(o, c) / lab.inner(c, c))))                            # the wrong norm
     refuses(lambda: check_zero_star(with_scale(lambda o, c: lab.inner(o, c) / lab.inner(o, o).sqrt())))                     # not squared
@@ -238,7 +238,7 @@ def corrected_by(target, step=lab.langevin):
     "The predictor-corrector with a target of one's own for the corrector."
     def sample(o, c, w, x, ts, path, generator):
         for t0, t1 in steps(x, ts):
-            x = x + (t1 - t0) * lab.extrapolated(at(o, x, t0), at(c, x, t0), w)
+            x = x + (t1 - t0) * lab.guide(at(o, x, t0), at(c, x, t0), w)
             if t1 == 1: continue
             for _ in range(100 if t1 > .97 else 5): x = step(convert(path, at(target(o, c, w), x, t1), x, batch_of(t1, x), 'v', 'score'), x, .05 * (path.sigma(t1[None])[0]**2 + .16), generator)
         return x
@@ -278,8 +278,8 @@ def test_growth_bugs():
 # ---- refusals ---------------------------------------------------------------------------------------------------------------------
 
 def test_refusals():
-    assert 'same shape' in refuses(lambda: lab.extrapolated(points, points[:, :1], 2.))
-    for w in ('3', None, True, math.nan, math.inf): assert 'w is' in refuses(lambda: lab.extrapolated(points, points, w))
+    assert 'the same' in refuses(lambda: lab.guide(points, points[:, :1], 2.))
+    for w in ('3', None, True, math.nan, math.inf): assert 'expected a' in refuses(lambda: lab.guided_field(None, None, w))
     assert '0 noise' in refuses(lambda: lab.interval_field(empty, told, 3., .8, .3))
     assert '0 noise' in refuses(lambda: lab.interval_field(empty, told, 3., 200, 800))
     assert 'unknown rule' in refuses(lambda: lab.lab_field('apg', empty, told, told, 3., 20, 2))
