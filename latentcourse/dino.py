@@ -121,7 +121,7 @@ def dino_losses(
 )->Tensor:                 # `b` nats
     "Cross-entropy from the teacher's views to all others, eq. (6.23)."
     if p.ndim != 3 or s.ndim != 3 or len(p) != 2 or len(s) < 2 or p.shape[1:] != s.shape[1:]: raise ValueError(f'answers of shape {tuple(p.shape)} and {tuple(s.shape)}: expected (2, b, K) and (m, b, K) with m >= 2')
-    h = -torch.einsum('abk,mbk->bam', p, (s / temperature).log_softmax(-1))
+    h = -(rearrange(p, 'a b k -> b a 1 k') * rearrange((s / temperature).log_softmax(-1), 'm b k -> b 1 m k')).sum(-1)   # no product of matrices: autocast would round it
     return (h.sum((1, 2)) - h[:, 0, 0] - h[:, 1, 1]) / (2 * len(s) - 2)      # a view does not answer for itself
 
 # %% ../nbs/06a_dino.ipynb #c023

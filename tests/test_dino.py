@@ -135,10 +135,10 @@ def test_views_come_in_order_and_the_first_loss_is_theirs():
     cfg = replace(TINY, steps=1)
     student, copy, scene = dn.build_dino(cfg), dn.build_dino(cfg), dn.single(cfg.first + torch.arange(8))
     torch.manual_seed(3); r = list(dn.learn_dino(student, cfg, dn.teacher_of(student, .9), progress=False))[0]
-    torch.manual_seed(3); w, p = dn.views(draw(scene, 32), draw(dn.elsewhere(scene), 32), cfg)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dn.bf16_helps()):                    # the arithmetic of this machine's training
-        t, s = torch.stack([copy(k) for k in w.split(8)]).float(), torch.stack([copy(k) for k in (*w.split(8), *p.split(8))]).float()
-        want = dn.dino_losses(dn.teacher_says(t, torch.zeros(8), cfg.teacher), s).mean().item()
+        torch.manual_seed(3); w, p = dn.views(draw(scene, 32), draw(dn.elsewhere(scene), 32), cfg)
+        t, parts = (torch.stack(copy(k).float().split(8)) for k in (w, p))
+    want = dn.dino_losses(dn.teacher_says(t, torch.zeros(8), cfg.teacher), torch.cat([t, parts])).mean().item()
     assert r.loss == pytest.approx(want, abs=1e-4)
 
 def test_words_that_are_no_configuration():
