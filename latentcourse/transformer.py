@@ -69,11 +69,12 @@ def attention(
 # %% ../nbs/05_transformer.ipynb #c046
 class Attention(nn.Module):
     "Several heads that look at the tokens themselves, or at a context; True in a mask: may look."
-    def __init__(self, d, heads, bias=True): # d: width of a token, which heads share
+    def __init__(self, d, heads, bias=True, qk_norm=False): # d: width of a token, which heads share; qk_norm: queries and keys of length one, up to a learned scale
         super().__init__()
         if min(d, heads) < 1 or d % heads: raise ValueError(f'{heads} heads cannot share a width of {d}: expected a divisor')
         self.d, self.heads = d, heads
         self.in_proj, self.out = nn.Linear(d, 3 * d, bias), nn.Linear(d, d, bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(d // heads, 1e-6) if qk_norm else nn.Identity() for _ in range(2))
 
     def qkv(self, x, context=None, cache=None, turn=None):               # `b n d`, `b m d`
         "Queries of x; keys and values of x, or of the context; each `b g n d/g`."
@@ -85,8 +86,9 @@ class Attention(nn.Module):
         else:
             row, bias = self.d, self.in_proj.bias                        # the first d rows make queries
             q = split(F.linear(x, self.in_proj.weight[:row], None if bias is None else bias[:row]), 1)[0]
-            if cache is not None and self in cache: return q, *cache[self]
+            if cache is not None and self in cache: return self.q_norm(q).to(q.dtype), *cache[self]
             k, v = split(F.linear(context, self.in_proj.weight[row:], None if bias is None else bias[row:]), 2)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)    # a norm computes in float32
         if turn is not None: q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
             if self in cache: k, v = (torch.cat([old, new], 2) for old, new in zip(cache[self], (k, v)))
