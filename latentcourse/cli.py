@@ -169,7 +169,9 @@ MODELS = {'teacher':     ('latentcourse.oracle', 'train_oracle', 'TEACHER', (2, 
           'unet':        ('latentcourse.unet', 'train_unet', 'UNET', lambda cfg: import_module('latentcourse.unet').unet_probe),
           'digits':      ('latentcourse.unet', 'train_unet', 'DIGITS', lambda cfg: import_module('latentcourse.unet').unet_probe),
           'latent_unet': ('latentcourse.classifier_guidance', 'train_latent_unet', 'LATENT', lambda cfg: import_module('latentcourse.classifier_guidance').latent_probe),
-          'noisy_classifier': ('latentcourse.classifier_guidance', 'train_classifier', 'CLASSIFIER', lambda cfg: import_module('latentcourse.classifier_guidance').classifier_probe)}
+          'noisy_classifier': ('latentcourse.classifier_guidance', 'train_classifier', 'CLASSIFIER', lambda cfg: import_module('latentcourse.classifier_guidance').classifier_probe),
+          'dit':         ('latentcourse.dit', 'train_dit', 'DIT', lambda cfg: import_module('latentcourse.dit').dit_probe),
+          'text_to_image': ('latentcourse.text_to_image', 'train_text_to_image', 'T2I', lambda cfg: import_module('latentcourse.dit').dit_probe)}
 
 # %% ../nbs/cli.ipynb #c021
 def config_of(
@@ -249,12 +251,13 @@ def generate(
         began = time.perf_counter()
         prompts = [line.strip() for p in prompt for line in (sys.stdin if p == '-' else [p]) if p != '-' or line.strip()]
         from latentcourse.pipeline import TextToImage, save_png, settings_of
+        imported = time.perf_counter()
         with redirect_stdout(io.StringIO() if as_json else sys.stderr): pipe = TextToImage.from_pretrained(model, device)
         ready = time.perf_counter()
         images = pipe(prompts, w, steps, seed, n, sampler, negative, init, strength, mask, repeats, progress=not as_json, unknown='go on' if anyway else 'refuse')
         done = time.perf_counter()
         paths = [str(save_png(image, place_of(out, image))) for image in images]
-        seconds = {'libraries and weights': round(ready - began, 2), 'painting': round(done - ready, 2)}
+        seconds = {'libraries': round(imported - began, 2), 'weights': round(ready - imported, 2), 'painting': round(done - ready, 2)}
         if as_json: typer.echo(json.dumps({'pictures': [{'path': p, **settings_of(i)} for p, i in zip(paths, images)], 'made': settings_of(images[0], 'made'), 'seconds': seconds}, indent=1))
         else: typer.echo('\n'.join(paths))
 

@@ -352,7 +352,7 @@ def large_latents(
     "Big toys alone, for short trainings; kept in memory, not in files."
     with TemporaryDirectory() as folder: return toy_latents(n, folder, True, progress=False)
 
-# %% ../nbs/11a_dit.ipynb #d82c5f94
+# %% ../nbs/11a_dit.ipynb #d4f4abbe
 def learn_dit(
     model:nn.Module,      # callable `(xt, t, tokens, mask, pooled) -> v`, with buffers `mean` and `std`
     cfg,                  # configuration
@@ -375,7 +375,7 @@ def learn_dit(
         return velocity_loss(lambda xt, t: model(xt, t, *said), x, when(len(x), x.device), torch.randn_like(x))
     seed_all(cfg.seed)
     opt = MuonAdamW(*inner_matrices(model), cfg.lr, cfg.decay) if cfg.muon else torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.decay)
-    ema, rows = ema_of(model, cfg.ema), tuple(data[k] for k in ('z', 'ids', 'lengths'))
+    ema, rows = ema_of(model, cfg.ema), tuple(data[k].contiguous() for k in ('z', 'ids', 'lengths'))
     yield from fit(loss, model, Batches(rows, cfg.batch, seed=cfg.seed), n, opt=opt, warmup=min(200, n // 10), ema=ema, precision='bf16' if bf16_helps() else 'no',
                    out=out, every=every, resume=resume, cfg=cfg, progress=progress)
     model.load_state_dict(ema.module.state_dict())
@@ -514,12 +514,12 @@ def load_dit(
     "The shipped DiT, or a freshly trained one; see `train_or_load`."
     return train_or_load('dit', DIT['CPU'], lambda cfg: train_dit('dit', cfg), build=build_dit, probe=dit_probe)
 
-# %% ../nbs/11a_dit.ipynb #dd1c65c2
+# %% ../nbs/11a_dit.ipynb #d77e046f
 def dit_point(
     seed,          # of weights, batches, noise
     steps,         # of training
-    scenes=65_536, # to learn from
-    n=400,         # fresh prompts
+    scenes,        # to learn from
+    n,             # fresh prompts
 ):                 # name -> number
     "Train the CPU preset for a while, and let the judge look."
     cfg = replace(DIT['CPU'], seed=seed, steps=steps, scenes=scenes)
@@ -529,6 +529,6 @@ def dit_point(
     seen = survey(model.cpu(), n, large=True, reader='judge', seed=seed)
     return {'loss': sum(r.loss for r in log[-50:]) / len(log[-50:]), 'core seconds a step': pace, **{k: seen[k].double().mean().item() for k in ('toy', 'colour', 'pattern', 'all toys, all colours')}}
 
-DIT_MINUTES = Study('dit-minutes', dit_point, (dict(steps=100), dict(steps=300), dict(steps=900), dict(steps=12, scenes=512, n=24)),
-                    text='The CPU preset, trained on big toys for so many steps (its learning rate ends at zero each time), then n fresh prompts of the test split, w = 3, 12 steps of Heun, read by the judge; the last row on 512 scenes, its loss the mean of all its steps.')
+DIT_MINUTES = Study('dit-minutes', dit_point, (*(dict(steps=steps, scenes=16_384, n=256) for steps in (100, 300, 900)), dict(steps=12, scenes=512, n=24)),
+                    text='The CPU preset, trained on big toys, fewer of them, for so many steps (its learning rate ends at zero each time), then n fresh prompts of the test split, w = 3, 12 steps of Heun, read by the judge. The loss is the mean of the last 50 steps.')
 STUDIES = {DIT_MINUTES.name: DIT_MINUTES}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'LABEL', 'WrongRequest', 'UnknownWords', 'known_words', 'check_words', 'Settings', 'finite', 'counted_in',
-           'mixed_field', 'survives', 'kept_field', 'noised_back', 'painted_in', 'free_cells', 'slerp', 'to_images',
-           'save_png', 'settings_of', 'free_path', 'file_name', 'watched', 'walk', 'as_picture', 'own_model', 'paired',
-           'looked_at', 'TextToImage', 'paint', 'shipped_parts', 'parts_in', 'state_mark', 'origin', 'label_of',
-           'rows_asked']
+           'mixed', 'mixed_field', 'survives', 'kept_field', 'noised_back', 'painted_in', 'free_cells', 'slerp',
+           'to_levels', 'to_images', 'save_png', 'settings_of', 'free_path', 'file_name', 'watched', 'walk',
+           'as_picture', 'own_model', 'paired', 'looked_at', 'TextToImage', 'paint', 'shipped_parts', 'parts_in',
+           'state_mark', 'origin', 'label_of', 'rows_asked']
 
 # %% ../nbs/12a_pipeline.ipynb #p002
 import difflib, hashlib, io, json, math, re
@@ -119,18 +119,25 @@ def counted_in(
     return n
 
 # %% ../nbs/12a_pipeline.ipynb #p016
+def mixed(
+    answers,       # `k` tensors `b ...`
+    weights:tuple, # `k` weights that add up to one
+)->Tensor:         # `b ...`
+    "A weighted sum of answers, eq. (12.31)."
+    if abs(sum(weights) - 1) > 1e-6: raise ValueError(f'weights {weights} add up to {sum(weights):.6g}: expected 1')
+    return sum(weight * answer for weight, answer in zip(weights, answers, strict=True))
+
 def mixed_field(
     model,           # callable `(xt, t, *said) -> v`
     said:tuple,      # what it is told: each part has `k·b` rows, condition by condition
     weights:tuple,   # `k` weights that add up to one
     bf16:bool=False, # in half the bits, where speed counts more than the last digit
 ):                   # callable `(xt, t) -> v`
-    "Weighted answers to several conditions, from one call of k times the batch, eq. (12.31)."
-    if abs(sum(weights) - 1) > 1e-6: raise ValueError(f'weights {weights} add up to {sum(weights):.6g}: expected 1')
+    "The field of (12.31): all conditions in one call of k times the batch."
+    k = len(weights)
     def field(xt, t):
-        k = len(weights)
         with torch.autocast(xt.device.type, torch.bfloat16, enabled=bf16): v = model(torch.cat([xt] * k), torch.cat([t] * k), *said).to(xt.dtype)
-        return sum(weight * part for weight, part in zip(weights, v.chunk(k)))
+        return mixed(v.chunk(k), weights)
     return field
 
 # %% ../nbs/12a_pipeline.ipynb #p021
@@ -149,7 +156,7 @@ def kept_field(
     eps:Tensor,  # `b ...` the noise it began from
     free:Tensor, # `... ` True where to paint
 ):               # callable `(xt, t) -> v`
-    "Walk kept places straight to what they are, and the free ones as the field says, eq. (12.36)."
+    "The field of (12.36): kept places walk straight to what they are, free ones as the field says."
     return lambda xt, t: torch.where(free, field(xt, t), z - eps)
 
 # %% ../nbs/12a_pipeline.ipynb #p031
@@ -176,7 +183,7 @@ def painted_in(
     repeats:int,  # how often each step is taken
     draw,         # callable `() -> b ...` fresh noise
 ):                # yields `b ...` states at `ts[1:]`
-    "Fill the free places so that they fit the kept ones, eqs. (12.36), (12.37)."
+    "Fill the free places so that they fit the kept ones, eq. (12.36); between two rounds back by (12.37)."
     if repeats == 1: yield from sampler(kept_field(field, z, eps, free), x, ts); return
     for then, now in zip(ts[:-1], ts[1:]):
         for left in reversed(range(repeats)):
@@ -212,13 +219,18 @@ def slerp(
     return torch.where(near, (1 - u) * p + u * q, round_).reshape(a.shape).to(a.dtype)
 
 # %% ../nbs/12a_pipeline.ipynb #p045
+def to_levels(
+    x:Tensor, # `b 3 h w` in [-1, 1]
+)->Tensor:    # `b 3 h w` bytes
+    "The nearest of 256 levels, eq. (12.41)."
+    return (127.5 * (check_images(x, channels=(3,)).cpu() + 1)).round().clamp(0, 255).byte()
+
 def to_images(
     x:Tensor, # `b 3 h w` in [-1, 1]
 )->list:      # `b` PIL images
-    "Pixels as pictures of 256 levels, eq. (12.41)."
+    "Pixels as pictures."
     from PIL import Image
-    levels = ((check_images(x, channels=(3,)).cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    return [Image.fromarray(rearrange(v, 'c h w -> h w c').numpy()) for v in levels]
+    return [Image.fromarray(rearrange(v, 'c h w -> h w c').numpy()) for v in to_levels(x)]
 
 # %% ../nbs/12a_pipeline.ipynb #p047
 LABEL = 'latentcourse'   # the text chunk of a PNG, and the key in `image.info`
@@ -349,7 +361,7 @@ def looked_at(
     marks = {k: hashlib.sha256(v.tobytes()).hexdigest()[:12] for k, v in (('init', picture), ('mask', stencil)) if v is not None}
     return to_pixels(picture)[None], free, marks
 
-# %% ../nbs/12a_pipeline.ipynb #p054
+# %% ../nbs/12a_pipeline.ipynb #p056
 class TextToImage:
     "Sentences to pictures: text encoder, MM-DiT, sampler and decoder behind one call, eq. (12.30)."
     def __init__(self, model, codec, text, facts=None, device=None, bf16=False): # facts: of the model's checkpoint; bf16: half the bits
@@ -378,7 +390,7 @@ class TextToImage:
         return images[0] if isinstance(prompt, str) and n == 1 else images
 
     def between(self, prompt, other, n=5, w=3., steps=30, seed=0, other_seed=None, sampler='heun', unknown='refuse', progress=True):
-        "A list of n pictures on the way from one prompt and seed to another, eqs. (12.31), (12.40)."
+        "A list of n pictures on the way from one prompt and seed to another, by (12.31) and (12.40)."
         ends = [Settings(p, '', w, steps, s, sampler) for p, s in ((prompt, seed), (other, seed if other_seed is None else other_seed))]
         check_words([prompt, other], self.words, unknown, self.text.cfg.length)
         eps, ways = [self.dice([s.seed])() for s in ends], torch.linspace(0, 1, counted_in(n, 'n', 2), dtype=torch.float64).tolist()
@@ -404,7 +416,7 @@ class TextToImage:
     def encode(self, x): # `b 3 64 64` -> `b 4 16 16` as the model sees them
         return normalised(self.codec.encode(x.to(self.device)), self.model.mean, self.model.std)
 
-# %% ../nbs/12a_pipeline.ipynb #p055
+# %% ../nbs/12a_pipeline.ipynb #p057
 def paint(
     pipe:TextToImage, # the networks
     wishes:list,      # `Settings`, alike but for words and seeds
@@ -412,7 +424,7 @@ def paint(
     mask:Tensor=None, # `h w` True where to paint into it; None paints over all of it
     step=None,        # callable `(i, t, preview)` after each step
 )->list:              # PIL images
-    "Pictures of one batch: guidance, walk, decoder, eq. (12.30)."
+    "Pictures of one batch, as (12.30) says: guidance, walk, decoder."
     s = wishes[0]
     field = pipe.field([([q.negative for q in wishes], 1 - s.w), ([q.prompt for q in wishes], s.w)])
     z = None if x is None else pipe.encode(x).expand(len(wishes), -1, -1, -1)
@@ -423,7 +435,7 @@ def paint(
     report = step and (lambda i, t, guess: step(i, t, lambda: finish(guess())))
     return finish(walk(field, s, pipe.dice([q.seed for q in wishes]), z, free, report))
 
-# %% ../nbs/12a_pipeline.ipynb #p056
+# %% ../nbs/12a_pipeline.ipynb #p058
 def shipped_parts(
 )->tuple: # model, codec, text encoder, facts about the model
     "The networks that came along, or freshly trained ones; see `train_or_load`."
@@ -468,7 +480,7 @@ def label_of(
     said = {k: v for k, v in asdict(s).items() if begun or k not in ('strength', 'repeats')}
     return json.dumps({'settings': said | ({'unknown': unknown} if unknown != 'refuse' else {}), 'made': made}, ensure_ascii=False)
 
-# %% ../nbs/12a_pipeline.ipynb #p064
+# %% ../nbs/12a_pipeline.ipynb #p066
 def rows_asked(
     s:Settings,  # of each picture
     n:int=1,     # pictures

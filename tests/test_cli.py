@@ -1,5 +1,5 @@
 "The command line as a shell sees it: exit codes, help, what goes to which stream, what a program can parse."
-import importlib, json, os, signal, subprocess, sys, time
+import functools, importlib, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat
 import pytest
@@ -224,6 +224,9 @@ def test_train_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch):
 
 # ---- generate ---------------------------------------------------------------------------------------------------------------------
 
+@functools.cache
+def whole_codec(): return importlib.import_module('latentcourse.codec').load_codec()[0]
+
 @pytest.fixture
 def painter(monkeypatch, tmp_path):
     "A small untrained network in the place of the shipped one, and an empty folder to work in."
@@ -232,9 +235,10 @@ def painter(monkeypatch, tmp_path):
     from latentcourse.text_to_image import T2iCfg, build_text_to_image
     model = build_text_to_image(T2iCfg(d=32, depth=1, heads=2))
     for q in model.parameters(): torch.nn.init.normal_(q, std=.05)
+    codec = whole_codec()
     def shipped_parts():
         print('text_to_image: shipped checkpoint')                              # what loading says must not reach a program
-        return model, pipeline.load_codec()[0], pipeline.the_text(), {}
+        return model, codec, pipeline.the_text(), {}
     monkeypatch.setattr(pipeline, 'shipped_parts', shipped_parts)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -443,6 +443,11 @@ def test_training_repeats_itself(data, changed):
     assert len(log) == 6 and ends[0][0] == ends[1][0] and all(torch.equal(v, ends[1][1][k]) for k, v in ends[0][1].items())
     assert (net.std - data['z'].float().std((0, 2, 3))).abs().max() < 1e-4
 
+def test_noise_does_not_depend_on_how_latents_lie_in_memory(data):
+    losses = []
+    for z in (data['z'].contiguous(), data['z'].contiguous(memory_format=torch.channels_last)): losses.append(next(d.learn_dit(d.build_dit(TINY), TINY, {**data, 'z': z}, progress=False)).loss)
+    assert losses[0] == losses[1]
+
 def test_times_have_names(data):
     with pytest.raises(ValueError, match='even or logit-normal'): next(d.learn_dit(d.build_dit(TINY), d.replace(TINY, times='late'), data, progress=False))
 
@@ -479,7 +484,7 @@ def test_examination_and_survey_speak_of_every_scene(data):
     found = d.examine_dit(net, 8, large=True)
     assert len(found) == 6 and all(v.shape == (8,) for v in found.values())
     agree(found['loss at 0.5, told'], found['loss at 0.5, not told'], atol=1e-6)                    # it says nothing yet, whatever it is told
-    assert len(d.survey(net, 4, large=True, steps=1)['toy']) == 4
+    assert len(d.survey_prompts(net, 4, large=True, steps=1)['toy']) == 4
 
 # ---- killed ----------------------------------------------------------------------------------------------------------------------------
 
@@ -548,7 +553,7 @@ def test_shipped_network_is_the_one_that_was_examined():
 
 def test_shipped_network_paints_what_it_is_told():
     model, facts = d.load_dit()
-    seen = d.survey(model, 32, first=40_000, large=True, steps=8, reader='judge', seed=2)
+    seen = d.survey_prompts(model, 32, first=40_000, large=True, steps=8, reader='judge', seed=2)
     check_figures('dit', facts['judged'], {k: figure(seen[k].double()) for k in ('toy', 'colour', 'background', 'layout')})
 
 if __name__ == '__main__': kill_runs(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

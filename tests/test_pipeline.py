@@ -109,7 +109,7 @@ def test_a_picture_that_was_begun_names_what_it_began_with(pipe, tmp_path):
     told, made = p.settings_of(image), p.settings_of(image, 'made')
     assert told['strength'] == .4 and len(made['init']) == 12 and 'mask' not in made
     assert pipe(**told, init=init, progress=False).tobytes() == image.tobytes()
-    assert p.settings_of(quick(pipe, DUCK, init=init.rotate(90), strength=.4), 'made')['init'] == made['init'] or True
+    assert p.settings_of(quick(pipe, DUCK, init=Image.new('RGB', (64, 64), 'red')), 'made')['init'] != made['init']
 
 def test_nothing_is_overwritten(pipe, tmp_path):
     image = quick(pipe, DUCK)
@@ -168,7 +168,7 @@ def test_a_model_of_other_words(pipe):
 
 @pytest.mark.parametrize('asked, error, says', [
     (dict(prompt=''), p.WrongRequest, 'w=0'), (dict(prompt=' ,. '), p.WrongRequest, 'no words'), (dict(prompt='a duck ' * 40), p.WrongRequest, 'at most 64'),
-    (dict(prompt=7), TypeError, 'a text'), (dict(prompt=None), TypeError, 'a text'), (dict(prompt=[]), TypeError, 'a list'), (dict(prompt=[DUCK, 7]), TypeError, 'prompt is a int'), (dict(prompt=b'duck'), TypeError, ''),
+    (dict(prompt=7), TypeError, 'a text'), (dict(prompt=None), TypeError, 'a text'), (dict(prompt=[]), TypeError, 'a list'), (dict(prompt=[DUCK, 7]), TypeError, 'prompt is a int'), (dict(prompt=b'duck'), TypeError, 'a text'),
     (dict(w=math.nan), p.WrongRequest, 'finite'), (dict(w=math.inf), p.WrongRequest, 'finite'), (dict(w='3'), TypeError, 'a number'), (dict(w=True), TypeError, 'a number'), (dict(w=None), TypeError, 'a number'), (dict(w=1j), TypeError, 'a number'),
     (dict(steps=0), p.WrongRequest, 'at least 1'), (dict(steps=-3), p.WrongRequest, 'at least 1'), (dict(steps=2.5), TypeError, 'whole'), (dict(steps='2'), TypeError, 'whole'), (dict(steps=True), TypeError, 'whole'),
     (dict(seed=-1), p.WrongRequest, 'at least 0'), (dict(seed=1.5), TypeError, 'whole'), (dict(seed='x'), TypeError, 'whole'), (dict(seed=None), TypeError, 'whole'), (dict(seed=2**63), p.WrongRequest, 'less than'), (dict(seed=2**63 - 1, n=2), p.WrongRequest, 'less than'),
@@ -223,7 +223,7 @@ def test_conditions_without_weight_cost_nothing(pipe):
         rows.clear(); quick(pipe, **{'prompt': DUCK, 'steps': 3, 'sampler': 'euler', **how})
         assert rows == [want] * 3 and sum(rows) == p.rows_asked(p.Settings(**{'prompt': DUCK, 'steps': 3, 'sampler': 'euler', **how}))
     hook.remove()
-    with pytest.raises(ValueError, match='add up'): p.mixed_field(asked, (), (1., .5))
+    with pytest.raises(ValueError, match="add up"): p.mixed([torch.ones(1), torch.ones(1)], (1., .5))
 
 # ---- over and into a picture ------------------------------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ def test_the_circle_keeps_lengths_and_can_be_walked_back(seed, u):
     agree(x.norm(dim=1), torch.ones(3), atol=1e-9); agree(p.slerp(b, a, 1 - u), x, atol=1e-9)
     angle = lambda p, q: (p * q).sum(1).clamp(-1, 1).acos()
     agree(angle(a, x), u * angle(a, b), atol=1e-6)
-    assert torch.equal(p.slerp(a, b, 0.), a) or agree(p.slerp(a, b, 0.), a, atol=1e-12) is not None
+    agree(p.slerp(a, b, 0.), a, atol=1e-12)
 
 def test_no_circle_to_follow():
     a = torch.randn(2, 3, 4)

@@ -73,11 +73,11 @@ def test_heads_are_read_off_the_block():
 # ---- the network by hand ----------------------------------------------------------------------------------------------------------
 
 def net_of(seed=0, **k):
-    return shaken(t2i.MMDiT(**(dict(d=32, joint=2, single=2, heads=4, rope=True, qk_norm=True, words=12, pooled=10, waves=16) | k)), .15, seed)
+    return shaken(t2i.MMDiT(**(dict(size=8, d=32, joint=2, single=2, heads=4, rope=True, qk_norm=True, words=12, pooled=10, waves=16) | k)), .15, seed)
 
 def asked(seed=0, b=2, s=6):
     torch.manual_seed(seed)
-    return (torch.randn(b, 4, 16, 16, dtype=double), torch.rand(b, dtype=double), torch.randn(b, s, 12, dtype=double), torch.arange(s) < torch.tensor([[s], [s - 2]])[:b], torch.randn(b, 10, dtype=double))
+    return (torch.randn(b, 4, 8, 8, dtype=double), torch.rand(b, dtype=double), torch.randn(b, s, 12, dtype=double), torch.arange(s) < torch.tensor([[s], [s - 2]])[:b], torch.randn(b, 10, dtype=double))
 
 def by_hand(net, xt, t, tokens, mask, pooled):
     "The forward pass again, from the state dict and torch's functions."
@@ -91,11 +91,11 @@ def by_hand(net, xt, t, tokens, mask, pooled):
         if f'{k}.q_norm.weight' in P: q, key = (F.rms_norm(a, a.shape[-1:], P[f'{k}.{n}.weight'], 1e-6) for a, n in ((q, 'q_norm'), (key, 'k_norm')))
         return (rotate(q, turn), rotate(key, turn), v) if turn is not None else (q, key, v)
     def look(q, k, v): return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
-    def near(h, k): return h + F.conv2d(h.mT.unflatten(2, (8, 8)), P[f'{k}.near.conv.weight'], P[f'{k}.near.conv.bias'], padding=1, groups=h.shape[-1]).flatten(2).mT
+    def near(h, k): return h + F.conv2d(h.mT.unflatten(2, (4, 4)), P[f'{k}.near.conv.weight'], P[f'{k}.near.conv.bias'], padding=1, groups=h.shape[-1]).flatten(2).mT
     e = two(dit.unit_waves(t, net.waves), 'time') + two(pooled, 'pooled')
     told = [lin(F.silu(e), f'modulations.{i}.make').unflatten(-1, (6, -1)).movedim(1, 0)[:, :, None] for i in range(len(net.modulations))]
     x = lin(F.unfold(xt, 2, stride=2).mT, 'embed') + P['places']
-    c, n, turn = lin(tokens, 'words'), 64, net.turn
+    c, n, turn = lin(tokens, 'words'), 16, net.turn
     seen = torch.cat([torch.ones(len(mask), n, dtype=torch.bool), mask], 1)[:, None, None]
     for i in range(len(net.joint)):
         k = f'joint.{i}'
@@ -116,7 +116,7 @@ def by_hand(net, xt, t, tokens, mask, pooled):
         h = h + m[2] * lin(look(*qkv(norm(h) * (1 + m[1]) + m[0], f'{k}.own', turn)), f'{k}.own.out')
         h = h + m[5] * mlp(norm(h) * (1 + m[4]) + m[3], f'{k}.feed')
     a, b = lin(F.silu(e), 'exit.modulation.make').chunk(2, -1)
-    return F.fold(lin(norm(h[:, :n]) * (1 + b[:, None]) + a[:, None], 'exit.out').mT, 16, 2, stride=2)
+    return F.fold(lin(norm(h[:, :n]) * (1 + b[:, None]) + a[:, None], 'exit.out').mT, 8, 2, stride=2)
 
 @pytest.mark.parametrize('k', [{}, dict(rope=False, qk_norm=False), dict(joint=1, single=0), dict(joint=1, single=3)], ids=['both kinds', 'plain', 'joint alone', 'as shipped'])
 def test_network_by_hand(k):
@@ -156,7 +156,7 @@ def words_by_places_modulation(monkeypatch):
 def no_table(monkeypatch): monkeypatch.setattr(t2i.JointBlock, 'told', lambda self, e: e)
 def cross_alone(monkeypatch): # places read words, words read nobody new: cross-attention passed off as joint
     own = t2i.attention
-    monkeypatch.setattr(t2i, 'attention', lambda q, k, v, mask=None: own(q, k, v, t2i.words_apart(64, q.shape[2] - 64) & mask))
+    monkeypatch.setattr(t2i, 'attention', lambda q, k, v, mask=None: own(q, k, v, t2i.words_apart(16, q.shape[2] - 16) & mask))
 
 @pytest.mark.parametrize('mistake', [drop_text, ignore_mask, drop_pooled, swap_streams, swap_weights, turn_words, words_by_places_modulation, no_table, cross_alone], ids=lambda f: f.__name__)
 def test_mistakes_are_caught(mistake, monkeypatch):
@@ -217,7 +217,7 @@ def test_same_weights_twice_make_a_single_stream():
 def test_new_networks_say_nothing():
     block, (x, c, e) = t2i.JointBlock(32, 4, near=True), (p.float() for p in streams())
     for got, want in zip(block(x, c, e, rows=3), (x, c)): assert torch.equal(got, want)
-    net = t2i.MMDiT(d=32, words=12, pooled=10)
+    net = t2i.MMDiT(size=8, d=32, words=12, pooled=10)
     assert (net(*(p.float() if p.is_floating_point() else p for p in asked())) == 0).all()
 
 def test_bad_questions_are_refused():
@@ -277,27 +277,27 @@ def painter(monkeypatch):
 
 def test_rules_are_chapter_10as(painter):
     texts = ['a red ball', 'a duck on grass']
-    plain = t2i.ruled_dream('guidance', texts, 3., 3, seed=1)
-    want = dit.dream(painter, texts, 3., 3, 1, t2i.euler)
+    plain = t2i.ruled_dream('guidance', texts, 3., 2, seed=1)
+    want = dit.dream(painter, texts, 3., 2, 1, t2i.euler)
     agree(plain * painter.std[:, None, None] + painter.mean[:, None, None], want, atol=.05)                # separate calls; half precision where it is fast
-    agree(t2i.ruled_dream('rescale', texts, 1., 3, seed=1), t2i.ruled_dream('projected', texts, 1., 3, seed=1), atol=1e-6)
-    seen = {rule: t2i.ruled_dream(rule, texts, 6., 3, seed=1) for rule in t2i.T2I_RULES}
+    agree(t2i.ruled_dream('rescale', texts, 1., 1, seed=1), t2i.ruled_dream('projected', texts, 1., 1, seed=1), atol=1e-6)
+    seen = {rule: t2i.ruled_dream(rule, texts, 6., 2, seed=1) for rule in t2i.T2I_RULES}
     assert all(z.shape == (2, 4, 16, 16) and z.isfinite().all() for z in seen.values())
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(seen.values(), 2))
     with pytest.raises(ValueError, match='unknown rule'): t2i.ruled_dream('louder', texts, 3.)
 
 def test_judged_shares_are_those_of_the_survey(painter):
-    got = t2i.t2i_point(0, 'test', 12, 2., 1)
-    want = dit.survey(painter, 12, w=2., steps=1, reader='judge')
+    got = t2i.t2i_point(0, 'test', 8, 2., 1)
+    want = dit.survey(painter, 8, w=2., steps=1, reader='judge')
     for k, v in want.items(): assert abs(got[k] - v.double().mean().item()) < 1e-9 or len(v) == 0
-    assert got['of one'] + got['of two'] == 12 and got['bound'] <= got['there'] <= got['of two'] and got['fingerprint'] == .5
+    assert got['of one'] + got['of two'] == 8 and got['bound'] <= got['there'] <= got['of two'] and got['fingerprint'] == .5
 
 def test_real_scenes_are_read_right(painter):
-    got = t2i.t2i_point(0, 'test', 60, 3., 0)
+    got = t2i.t2i_point(0, 'test', 32, 3., 0)
     assert got['one toy, its colour'] > .9 and got['everything'] > .7 and got['bound'] == got['there'] > 0
 
 def test_rule_point_measures(painter):
-    got = t2i.rule_point(0, 'guidance', 2., 4, 2, 2)
+    got = t2i.rule_point(0, 'guidance', 2., 4, 2, 1)
     assert set(got) == {'all toys, all colours', 'toy', 'colour', 'pattern', 'background', 'layout', 'bare toy', 'bits', 'spread', 'deviation'} and all(math.isfinite(v) for v in got.values())
 
 def test_everything_that_was_asked_for():
@@ -328,10 +328,10 @@ def test_what_is_inside():
     net, a = net_of(), asked()
     plain = net(*a)
     maps, words = t2i.inside(net, *a)
-    assert len(maps) == len(words) == 4 and all(m.shape == (2, 4, 70, 70) for m in maps) and all(w.shape == (2, 6, 32) for w in words)
+    assert len(maps) == len(words) == 4 and all(m.shape == (2, 4, 22, 22) for m in maps) and all(w.shape == (2, 6, 32) for w in words)
     for m in maps:
-        agree(m.sum(-1), torch.ones(2, 4, 70), atol=1e-9)
-        assert (m[1, :, :, 68:] == 0).all() and (m[0, :, :, 68:] > 0).all()
+        agree(m.sum(-1), torch.ones(2, 4, 22), atol=1e-9)
+        assert (m[1, :, :, 20:] == 0).all() and (m[0, :, :, 20:] > 0).all()
     assert torch.equal(net(*a), plain) and not any(b._forward_hooks for b in net.modules())
     moved = t2i.inside(net, a[0] + 1, *a[1:])[1]
     assert all((x - y).abs().max() > 1e-3 for x, y in zip(words, moved))
@@ -339,7 +339,7 @@ def test_what_is_inside():
 # ---- the recipe -------------------------------------------------------------------------------------------------------------------
 
 def test_training_repeats_itself():
-    cfg = replace(t2i.T2I['CPU'], d=32, depth=1, scenes=32, steps=3, batch=8)
+    cfg = replace(t2i.T2I['CPU'], d=32, depth=1, scenes=8, steps=2, batch=4)
     data, ends = training_rows(), []
     for _ in range(2):
         net = t2i.build_text_to_image(cfg)
@@ -351,14 +351,14 @@ def test_training_repeats_itself():
 def training_rows():
     from latentcourse.codec import load_codec
     from latentcourse.latent_flow import toy_rows
-    return toy_rows(split_seeds('train', 0, 32), load_codec()[0])
+    return toy_rows(split_seeds('train', 0, 8), load_codec()[0])
 
 SHIPPED = Path(latentcourse.__file__).parent / 'checkpoints' / 'text_to_image.safetensors'
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason='not shipped yet')
 def test_shipped_figures_hold():
     model, facts = t2i.load_text_to_image()
-    got = {k: figure(v.double()) for k, v in dit.examine_dit(model, 24).items()}
+    got = {k: figure(v.double()) for k, v in dit.examine_dit(model, 12).items()}
     check_figures('text_to_image', facts['evaluation'], got)
     assert facts['config']['steps'] == t2i.T2I['SHIPPED'].steps and sum(facts['log']['loss'][-10:]) < .5 * sum(facts['log']['loss'][:10])
     assert facts['evaluation']['loss at 0.1, told']['mean'] < facts['evaluation']['loss at 0.1, not told']['mean']
