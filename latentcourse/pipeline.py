@@ -6,8 +6,8 @@
 __all__ = ['SAMPLERS', 'LABEL', 'WrongRequest', 'UnknownWords', 'known_words', 'check_words', 'Settings', 'finite', 'counted_in',
            'mixed', 'mixed_field', 'survives', 'kept_field', 'noised_back', 'painted_in', 'free_cells', 'slerp',
            'to_levels', 'to_images', 'save_png', 'settings_of', 'free_path', 'file_name', 'watched', 'walk',
-           'as_picture', 'own_model', 'paired', 'looked_at', 'TextToImage', 'paint', 'shipped_parts', 'parts_in',
-           'state_mark', 'origin', 'label_of', 'rows_asked']
+           'as_picture', 'own_model', 'paired', 'looked_at', 'TextToImage', 'paint_prompts', 'shipped_parts',
+           'parts_in', 'state_mark', 'origin', 'label_of', 'rows_asked']
 
 # %% ../nbs/12a_pipeline.ipynb #p002
 import difflib, hashlib, io, json, math, re
@@ -385,7 +385,7 @@ class TextToImage:
         size, images = counted_in(batch or (1 if self.device.type == 'cpu' else 16), 'batch', 1), []
         with progress_bar(wishes[0].rounds * math.ceil(len(wishes) / size), 0, progress) as bar:
             def step(*now): bar.update(); callback and callback(*now)
-            for i in range(0, len(wishes), size): images += paint(self, wishes[i:i + size], x, free, step)
+            for i in range(0, len(wishes), size): images += paint_prompts(self, wishes[i:i + size], x, free, step)
         for image, s in zip(images, wishes): image.info[LABEL] = label_of(s, {**self.made, **marks}, unknown, init is not None)
         return images[0] if isinstance(prompt, str) and n == 1 else images
 
@@ -417,7 +417,7 @@ class TextToImage:
         return normalised(self.codec.encode(x.to(self.device)), self.model.mean, self.model.std)
 
 # %% ../nbs/12a_pipeline.ipynb #p057
-def paint(
+def paint_prompts(
     pipe:TextToImage, # the networks
     wishes:list,      # `Settings`, alike but for words and seeds
     x:Tensor=None,    # `1 3 h w` a picture to begin with
