@@ -68,9 +68,10 @@ def cached(
         parts.append(part)
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
-# %% ../nbs/11_latent_flow.ipynb #f7f4e0c9
+# %% ../nbs/11_latent_flow.ipynb #f43d8580
 WIDTH = 48 # tokens that a stored caption has room for
 
+# %% ../nbs/11_latent_flow.ipynb #f4a8c978
 def toy_rows(
     seeds:Tensor,     # `n` int64 scene seeds
     codec:nn.Module,  # as from `load_codec`
@@ -83,6 +84,7 @@ def toy_rows(
     ids = torch.stack([nn.functional.pad(ids, (0, WIDTH - ids.shape[1])) for ids, _ in told], 1)
     return {'z': z.half(), 'labels': scene.labels.to(torch.int8), 'ids': ids.short(), 'lengths': torch.stack([n for _, n in told], 1).short()}
 
+# %% ../nbs/11_latent_flow.ipynb #f28a9d9b
 def toy_latents(
     n:int,              # scenes
     folder,             # where they are kept
@@ -95,7 +97,7 @@ def toy_latents(
     make = lambda start, m: toy_rows(split_seeds('train', first + start, m), codec, large)
     return cached(make, n, Path(folder) / ('large' if large else 'toybox'), {'begin': first, 'large': large, 'codec': facts['fingerprint']['outputs'][:4]}, progress=progress)
 
-# %% ../nbs/11_latent_flow.ipynb #fc21e64f
+# %% ../nbs/11_latent_flow.ipynb #fd4ae43a
 def channel_stats(
     z:Tensor, # `n k h w` latents
 )->tuple:     # mean and standard deviation of each channel, `k` float32
@@ -106,6 +108,7 @@ def channel_stats(
     if not (std > 0).all() or not std.isfinite().all(): raise ValueError(f'channels have deviations {std.tolist()}: one that never changes, or is not finite, has no scale')
     return mean, std
 
+# %% ../nbs/11_latent_flow.ipynb #fe1214bd
 def normalised(
     z:Tensor,    # `n k h w` latents
     mean:Tensor, # `k`
@@ -114,6 +117,7 @@ def normalised(
     "Latents as the generator sees them, eq. (11.2)."
     return (z.float() - mean[:, None, None]) / std[:, None, None]
 
+# %% ../nbs/11_latent_flow.ipynb #f010e512
 def restored(
     z:Tensor,    # `n k h w` latents as the generator makes them
     mean:Tensor, # `k`
@@ -153,7 +157,7 @@ def euler_gain(
     t, h = ts[:-1].double(), ts.double().diff()
     return (1 + h * (s**2 * t - (1 - t)) / (s**2 * t**2 + (1 - t)**2)).prod().abs().item()
 
-# %% ../nbs/11_latent_flow.ipynb #fe8c660f
+# %% ../nbs/11_latent_flow.ipynb #f8f7b385
 @dataclass(frozen=True)
 class SpaceCfg:
     space:str='latents'   # where the generator lives: 'latents' of 4 x 16 x 16 or 'pixels' of 3 x 64 x 64
@@ -169,8 +173,10 @@ class SpaceCfg:
     ema:float=.99         # memory of the average that is kept
     seed:int=0            # seeds weights, batches, times, noise and what is not told
 
+# %% ../nbs/11_latent_flow.ipynb #f25e207a
 SHAPES = {'latents': (4, 16, 16), 'pixels': (3, 64, 64)}
 
+# %% ../nbs/11_latent_flow.ipynb #ffc2f54b
 @lru_cache(maxsize=2)
 def space_data(
     space:str,        # 'latents' or 'pixels'
@@ -209,7 +215,7 @@ def learn_space(
     batches = (torch.randint(len(x), (cfg.batch,), generator=g) for _ in range(cfg.steps))
     yield from fit(loss, model, batches, cfg.steps, opt=opt, warmup=min(50, cfg.steps // 4), schedule='constant', ema=ema, device='cpu', progress=progress)
 
-# %% ../nbs/11_latent_flow.ipynb #f7881706
+# %% ../nbs/11_latent_flow.ipynb #f926ae32
 @torch.no_grad()
 def space_pictures(
     model:UNet,    # trained
@@ -224,6 +230,7 @@ def space_pictures(
     z = restored(z / cfg.scale, *space_data(cfg.space, cfg.scenes)[2:])
     return decoded(z) if cfg.space == 'latents' else z.clamp(-1, 1)
 
+# %% ../nbs/11_latent_flow.ipynb #fdd114fe
 def space_marks(
     x:Tensor, # `n 3 64 64` painted pictures
     y:Tensor, # `n` int64 toys that were asked for
@@ -231,6 +238,7 @@ def space_marks(
     "What the judge reads, and how far the teacher's features are from those of real scenes."
     return {'judge': (read(the_reader('judge'), x)[:, 2] == y).double().mean().item(), 'Fréchet': frechet_distance(real_portraits()[0][:600], picture_features(x))}
 
+# %% ../nbs/11_latent_flow.ipynb #fa519435
 def space_loss(
     model:UNet,    # trained
     cfg:SpaceCfg,  # how
@@ -280,7 +288,7 @@ def space_point(
 WHERE = (dict(space='latents'), dict(space='pixels', patch=8), dict(space='pixels', patch=4), dict(space='latents', scale=LOUD), dict(space='latents', scale=1 / LOUD), dict(space='latents', steps=16, scenes=256, n=32))
 PIXEL_LATENT = Study('pixel-latent', space_point, WHERE, text='A U-Net of half a million weights trained with the toy told (4,096 scenes of one big toy, 64 a step, constant learning rate, average of weights; 800 steps and 192 pictures, the last row 16 steps on 256 scenes and 32 pictures), asked for each toy, 8 steps of Heun from t = 0: share in which the judge sees that toy, and Fréchet distance to 600 real pictures in the teacher\'s features, after an eighth, a quarter, half and all of the steps; "matched steps": at the times of eq. (11.4); loss on 128 new scenes in the units of scale 1.')
 
-# %% ../nbs/11_latent_flow.ipynb #f7da5045
+# %% ../nbs/11_latent_flow.ipynb #f82b617d
 def affine_on_new(
     seen:Tensor, # `n ...` data that the affine field is fitted to
     new:Tensor,  # `m ...` data that it is asked about
@@ -294,6 +302,7 @@ def affine_on_new(
     slope = (t * variances - (1 - t)) / (t**2 * variances + (1 - t)**2).clamp(min=1e-30)
     return ((1 - slope * t)**2 * found + (1 + slope * (1 - t))**2).mean(1)
 
+# %% ../nbs/11_latent_flow.ipynb #fdc0807b
 def floor_point(
     seed,    # of the noise, and which new scenes
     n,       # latents that the affine field is fitted to
@@ -305,5 +314,6 @@ def floor_point(
     of = {'affine, on what it saw': affine_floor(principal_variances(seen), t.double()), 'network, on new': losses_at(load_latent_unet()[0], new, t, seed).mean(1), 'affine, on new': affine_on_new(seen, new, t)}
     return {f'{who} at {s:.1f}': v.item() for who, values in of.items() for s, v in zip(t.tolist(), values)}
 
+# %% ../nbs/11_latent_flow.ipynb #f682cbd0
 LATENT_FLOOR = Study('latent-floor', floor_point, (dict(n=8_000), dict(n=2_000), dict(n=200, m=100)), text='Mean squared error of a value of the velocity, at five times: of the affine field that is best on n latents, on these same latents (too low) and on new ones (too high), and of chapter 9\'s trained generator on the same new ones, 500 of them (the last row: 100); standard error about 0.005.')
 STUDIES = {s.name: s for s in (LATENT_FLOOR, PIXEL_LATENT)}

@@ -9,7 +9,7 @@ __all__ = ['SD3_NAMES', 'T2I', 'T2I_W', 'T2I_RULES', 'T2I_GUIDANCE', 'TEXT_TO_IM
            'the_painter', 'inside', 'fair_bits', 'ruled_dream', 'rule_point', 'read_wishes', 'all_right', 't2i_point',
            'remembers', 'training_labels', 'same_kind', 'painted_again', 'memory_point']
 
-# %% ../nbs/12_text_to_image.ipynb #d4735e3a
+# %% ../nbs/12_text_to_image.ipynb #ebe200a9
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,7 +33,7 @@ from .toybox import READING, TOYS, draw, label_row, scenes, split_seeds
 from .transformer import Attention, Feed, attention, attention_weights
 from .vit import patchify, unpatchify
 
-# %% ../nbs/12_text_to_image.ipynb #2c624232
+# %% ../nbs/12_text_to_image.ipynb #a1ac8bd4
 def quarters(
     a:Tensor, # `... n+s n+s` who looks where, places first
     n:int,    # places
@@ -42,7 +42,7 @@ def quarters(
     if a.shape[-1] != a.shape[-2] or not 0 < n < a.shape[-1]: raise ValueError(f'weights have shape {tuple(a.shape)} for {n} places: expected a square, larger than the places')
     return a[..., :n, :n], a[..., :n, n:], a[..., n:, :n], a[..., n:, n:]
 
-# %% ../nbs/12_text_to_image.ipynb #4fc82b26
+# %% ../nbs/12_text_to_image.ipynb #cbd3ccac
 def merged(
     q:Tensor,         # `b g m d` queries
     k:Tensor,         # `b g n+s d` keys, places first
@@ -57,7 +57,7 @@ def merged(
     share = torch.sigmoid(words.logsumexp(-1, keepdim=True) - places.logsumexp(-1, keepdim=True))
     return places.softmax(-1) @ v_x, words.softmax(-1) @ v_c, share
 
-# %% ../nbs/12_text_to_image.ipynb #8527a891
+# %% ../nbs/12_text_to_image.ipynb #124ca190
 def words_apart(
     n:int,       # places
     s:int,       # words
@@ -68,7 +68,7 @@ def words_apart(
     at = torch.arange(n + s, device=device)
     return (at[:, None] < n) | (at >= n)
 
-# %% ../nbs/12_text_to_image.ipynb #b17ef6d1
+# %% ../nbs/12_text_to_image.ipynb #4e58320c
 class JointBlock(nn.Module):
     "Two streams with weights of their own and one attention: places and words look at each other."
     def __init__(self, d, heads, hidden=None, shared=False, near=False, qk_norm=False, last=False, act=nn.GELU): # last: the words are not needed any more
@@ -102,7 +102,7 @@ class JointBlock(nn.Module):
         c = gated(c, n[2], self.text.out(y[:, x.shape[1]:]))
         return x, gated(c, n[5], self.text_feed(modulate(self.norms[3](c), n[3], n[4])))
 
-# %% ../nbs/12_text_to_image.ipynb #6f4b6612
+# %% ../nbs/12_text_to_image.ipynb #b2f29861
 SD3_NAMES = {'norm1.linear': 'modulation.make', 'norm1_context.linear': 'text_modulation.make', 'attn.to_out.0': 'image.out', 'attn.to_add_out': 'text.out', 'attn.norm_q': 'image.q_norm', 'attn.norm_k': 'image.k_norm',
              'attn.norm_added_q': 'text.q_norm', 'attn.norm_added_k': 'text.k_norm', 'ff.net.0.proj': 'feed.up', 'ff.net.2': 'feed.down', 'ff_context.net.0.proj': 'text_feed.up', 'ff_context.net.2': 'text_feed.down'}
 
@@ -127,7 +127,7 @@ def joint_from_diffusers(
     out.to(new['image.out.weight']).load_state_dict(new)
     return out.train(block.training)
 
-# %% ../nbs/12_text_to_image.ipynb #624b60c5
+# %% ../nbs/12_text_to_image.ipynb #103da1e1
 class MMDiT(nn.Module):
     "Joint blocks, then chapter 11a's blocks over both streams as one; modulated by time and the pooled text."
     def __init__(self, size=16, channels=4, patch=2, d=224, joint=1, single=4, heads=4, hidden=None, words=128, pooled=128, near=True, rope=False, qk_norm=False, act=nn.GELU, waves=128):
@@ -157,7 +157,7 @@ class MMDiT(nn.Module):
             for block in self.single: x = block(x, told[2], mask=seen, turn=turn, rows=rows, places=n)
         return unpatchify(self.exit(x[:, :n], e), self.patch)
 
-# %% ../nbs/12_text_to_image.ipynb #86e50149
+# %% ../nbs/12_text_to_image.ipynb #025c6d9b
 def joint_parameters(
     d:int,             # width of a token
     hidden:int=None,   # width of a feed-forward network; 4 d by default
@@ -182,7 +182,7 @@ def mmdit_parameters(
     enter, exit_ = (patch + 1) * d + places * d + (told + 1) * d, 2 * d * d + 2 * d + (d + 1) * patch
     return joint * joint_parameters(d) + single * joint_parameters(d, streams=1) + enter + 2 * ((told + 1) * d + d * d + d) + 3 * (6 * d * d + 6 * d) + exit_
 
-# %% ../nbs/12_text_to_image.ipynb #7a61b537
+# %% ../nbs/12_text_to_image.ipynb #43afd1ed
 @dataclass(frozen=True)
 class T2iCfg(DitCfg):
     large:bool=False       # the full toybox
@@ -198,7 +198,7 @@ T2I = {'CPU': T2iCfg()}
 T2I['SHIPPED'] = replace(T2I['CPU'], steps=8_500)                              # two hours of one core
 T2I['GPU'] = replace(T2I['CPU'], d=768, joint=6, depth=12, heads=12, rope=True, qk_norm=True, scenes=2**20, steps=200_000, batch=512, lr=1e-3, ema=.9999)
 
-# %% ../nbs/12_text_to_image.ipynb #aea92132
+# %% ../nbs/12_text_to_image.ipynb #8cfd35d6
 def build_text_to_image(
     cfg:T2iCfg, # configuration
 )->MMDiT:       # untrained
@@ -206,7 +206,7 @@ def build_text_to_image(
     seed_all(cfg.seed)
     return MMDiT(d=cfg.d, joint=cfg.joint, single=cfg.depth, heads=cfg.heads, near=cfg.near, rope=cfg.rope, qk_norm=cfg.qk_norm)
 
-# %% ../nbs/12_text_to_image.ipynb #0b918943
+# %% ../nbs/12_text_to_image.ipynb #7121a1d6
 def train_text_to_image(
     name:str,             # 'text_to_image'
     cfg:T2iCfg,           # configuration
@@ -218,23 +218,23 @@ def train_text_to_image(
     if name != 'text_to_image': raise ValueError(f'this recipe trains text_to_image, not {name!r}')
     return train_dit(name, cfg, out, resume, progress, build_text_to_image)
 
-# %% ../nbs/12_text_to_image.ipynb #d59eced1
+# %% ../nbs/12_text_to_image.ipynb #844c6834
 def load_text_to_image(
 )->tuple: # model in evaluation mode, facts
     "The shipped MM-DiT, or a freshly trained one; see `train_or_load`."
     return train_or_load('text_to_image', T2I['SHIPPED'], lambda cfg: train_text_to_image('text_to_image', cfg), build=build_text_to_image, probe=dit_probe)
 
-# %% ../nbs/12_text_to_image.ipynb #3d914f93
+# %% ../nbs/12_text_to_image.ipynb #46b1a5dd
 @lru_cache(maxsize=1)
 def the_painter(
 )->tuple: # model, facts
     "The shipped MM-DiT, read once."
     return load_text_to_image()
 
-# %% ../nbs/12_text_to_image.ipynb #98010bd9
+# %% ../nbs/12_text_to_image.ipynb #77c6a53a
 T2I_W = 3. # guidance weight; the teacher's choice, see below
 
-# %% ../nbs/12_text_to_image.ipynb #c837649c
+# %% ../nbs/12_text_to_image.ipynb #1ea8b926
 @torch.no_grad()
 def inside(
     model:MMDiT,   # with single blocks
@@ -258,7 +258,7 @@ def inside(
         for hook in hooks: hook.remove()
     return maps, words
 
-# %% ../nbs/12_text_to_image.ipynb #49d180ec
+# %% ../nbs/12_text_to_image.ipynb #ef5e3fe3
 def fair_bits(
     k:int, # answers, equally likely
     n:int, # draws
@@ -269,7 +269,7 @@ def fair_bits(
     log_p = math.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(n - m + 1) - m * math.log(k) + (n - m) * (math.log1p(-1 / k) if k > 1 else 0.)
     return (k * log_p.exp() * torch.special.entr(m / n)).sum().item() / math.log(2) if k > 1 else 0.
 
-# %% ../nbs/12_text_to_image.ipynb #c75cb66a
+# %% ../nbs/12_text_to_image.ipynb #75eca855
 T2I_RULES = 'guidance', 'interval', 'rescale', 'zero-star', 'projected'   # of chapter 10a
 
 @torch.no_grad()
@@ -289,7 +289,7 @@ def ruled_dream(
         parts.append(last_of(euler(lab_field(rule, silent, told, None, w, steps, start[0].numel()), start[i:i + batch], times(steps))))
     return torch.cat(parts)
 
-# %% ../nbs/12_text_to_image.ipynb #ff5a1ae0
+# %% ../nbs/12_text_to_image.ipynb #342efb5c
 def rule_point(
     seed,     # of the noise; and which prompts
     rule,     # one of `T2I_RULES`
@@ -307,11 +307,11 @@ def rule_point(
     return {k: hit[k].double().mean().item() for k in ('all toys, all colours', 'toy', 'colour', 'pattern', 'background', 'layout')} | {
         'bare toy': (got[n:, 2] == bare).double().mean().item(), 'bits': sum(entropy_within(got[n:, k], bare, CLASSES[k]) for k in (0, 1, 3, 4, 5)), 'spread': variety(picture_features(x[n:]), bare), 'deviation': z.std().item()}
 
-# %% ../nbs/12_text_to_image.ipynb #7f2253d7
+# %% ../nbs/12_text_to_image.ipynb #fa5aafb0
 T2I_GUIDANCE = Study('text-to-image-guidance', rule_point, (*grid(dict(rule=('guidance',), w=(1., 2., 3., 4., 6.), n=(64,), each=(8,), steps=(24,))), *grid(dict(rule=T2I_RULES[1:], w=(6.,), n=(64,), each=(8,), steps=(24,))), dict(rule='projected', w=3., n=8, each=2, steps=6)), seeds=(0, 1, 2),
                      text='Rules of guidance at n prompts of the validation split and some pictures of each bare toy: what the teacher reads; entropy of layout, ground, colour, pattern and size within a bare toy (bits); mean distance of two pictures of a bare toy in the teacher\'s features; deviation of the latents.')
 
-# %% ../nbs/12_text_to_image.ipynb #a88a7902
+# %% ../nbs/12_text_to_image.ipynb #1b6ab97a
 @lru_cache(maxsize=2)
 def read_wishes(
     split:str,    # of the toybox
@@ -331,7 +331,7 @@ def read_wishes(
     x = pictures_of(z)
     return texts, want, x, read(the_reader(reader), x)
 
-# %% ../nbs/12_text_to_image.ipynb #349c4120
+# %% ../nbs/12_text_to_image.ipynb #5769e794
 def all_right(
     got:Tensor,  # `n 10` label rows read off pictures
     want:Tensor, # `n 10` label rows that were asked for
@@ -340,7 +340,7 @@ def all_right(
     open_ = (want < 0) | ((torch.arange(10) >= 8) & (want[:, :1] == READING))
     return ((got == want) | open_).all(1)
 
-# %% ../nbs/12_text_to_image.ipynb #98a3ab7c
+# %% ../nbs/12_text_to_image.ipynb #999bc102
 def t2i_point(
     seed,   # of the noise; and which prompts
     split,  # of the toybox
@@ -355,11 +355,11 @@ def t2i_point(
     hits = fulfilled(got, want) | {'everything': all_right(got, want)}
     return {k: v.double().mean().item() for k, v in hits.items()} | {'of one': int((~two).sum()), 'of two': int(two.sum()), 'there': int(there.sum()), 'bound': int(own.sum()), 'fingerprint': the_painter()[1]['fingerprint']['outputs'][1]}
 
-# %% ../nbs/12_text_to_image.ipynb #48449a14
+# %% ../nbs/12_text_to_image.ipynb #04af2625
 TEXT_TO_IMAGE = Study('text-to-image', t2i_point, (dict(split='test', n=1_000, w=T2I_W, steps=12), dict(split='heldout', n=500, w=T2I_W, steps=12), dict(split='test', n=1_000, w=T2I_W, steps=0), dict(split='heldout', n=500, w=T2I_W, steps=0), dict(split='test', n=48, w=T2I_W, steps=6)), seeds=(0, 1, 2),
                       text='The shipped model, Heun with so many steps (0: real scenes through the codec), read by the judge: shares of the n prompts in which each part is right, of the prompts for one toy and for two; pictures that show both toys and both (different) colours, and those of them in which each toy wears its own. The last figure belongs to the weights.')
 
-# %% ../nbs/12_text_to_image.ipynb #1da51b8d
+# %% ../nbs/12_text_to_image.ipynb #83188871
 def remembers(
     z:Tensor,     # `n ...` what was painted
     train:Tensor, # `n m ...` training data of the same kind, for each
@@ -370,7 +370,7 @@ def remembers(
     gap = lambda of: (of - z[:, None]).flatten(2).norm(dim=2).min(1).values
     return gap(train) < gap(fresh)
 
-# %% ../nbs/12_text_to_image.ipynb #6e400187
+# %% ../nbs/12_text_to_image.ipynb #b80f146d
 @lru_cache(maxsize=1)
 def training_labels(
 )->Tensor: # `n 10` int8 label rows, in the order of the scenes
@@ -378,7 +378,7 @@ def training_labels(
     cfg = T2I['SHIPPED']
     return torch.cat([scenes(part).labels.to(torch.int8) for part in split_seeds('train', cfg.first, cfg.scenes).split(16_384)])
 
-# %% ../nbs/12_text_to_image.ipynb #e3d6c4d4
+# %% ../nbs/12_text_to_image.ipynb #25cc2e55
 @torch.no_grad()
 def same_kind(
     n:int,     # prompts for one toy
@@ -399,7 +399,7 @@ def same_kind(
     train = latents(torch.cat(at) + split_seeds('train', T2I['SHIPPED'].first, 1), rows.repeat_interleave(m, 0))
     return rows, rearrange(train, '(n m) ... -> n m ...', m=m), rearrange(fresh, '(n m) ... -> n m ...', m=m + 1)
 
-# %% ../nbs/12_text_to_image.ipynb #ad48ff99
+# %% ../nbs/12_text_to_image.ipynb #1f492783
 @lru_cache(maxsize=2)
 def painted_again(
     n:int,      # prompts
@@ -414,7 +414,7 @@ def painted_again(
     texts = captions(rows, split_seeds('valid', 300_000 + n * seed, n))
     return texts, *(normalised(z, model.mean, model.std) for z in (dream(model, texts, w, steps, seed), train, fresh))
 
-# %% ../nbs/12_text_to_image.ipynb #7b1a278f
+# %% ../nbs/12_text_to_image.ipynb #978b541a
 def memory_point(
     seed,  # of noise, prompts and scenes
     n,     # prompts for one toy
@@ -429,7 +429,7 @@ def memory_point(
     return {'painted': remembers(z, train, fresh[:, :m]).double().mean().item(), 'another real scene': remembers(other, train, fresh[:, :m]).double().mean().item(),
             'a copy': remembers(train[:, 0] + .1 * torch.randn(train[:, 0].shape, generator=torch.Generator().manual_seed(seed)), train, fresh[:, :m]).double().mean().item(), 'distance, times that of a real scene': (near(z) / near(other)).median().item()}
 
-# %% ../nbs/12_text_to_image.ipynb #d6d824ab
+# %% ../nbs/12_text_to_image.ipynb #6af9c818
 T2I_MEMORY = Study('text-to-image-memory', memory_point, (dict(n=256, m=4, w=T2I_W, steps=12), dict(n=8, m=2, w=T2I_W, steps=4)), seeds=(0, 1, 2),
                    text='n prompts for one toy: how often the nearest of m training scenes and m fresh ones with the same labels is a training scene, for what was painted, for one more real scene, and for a training latent with a tenth of noise; median over prompts of the distance to the nearest training scene, as a multiple of that of a real scene.')
 STUDIES = {s.name: s for s in (TEXT_TO_IMAGE, T2I_GUIDANCE, T2I_MEMORY)}

@@ -289,7 +289,7 @@ def test_generate_goes_on_if_told_to(painter):
 def test_generate_can_be_stopped(painter, monkeypatch):
     from latentcourse import pipeline
     def interrupted(*a, **k): raise KeyboardInterrupt
-    monkeypatch.setattr(pipeline, 'paint', interrupted)
+    monkeypatch.setattr(pipeline, 'paint_prompts', interrupted)
     done = call('generate', 'a duck', '--steps', 1)
     assert done.exit_code == 130 and 'stopped' in done.stderr and done.stdout == ''
 

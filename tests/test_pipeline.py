@@ -182,7 +182,7 @@ def test_what_cannot_be_painted_is_refused(pipe, asked, error, says):
     with pytest.raises(error, match=says): quick(pipe, **{'prompt': DUCK, **asked})
 
 def test_refusals_come_before_any_work(pipe, monkeypatch):
-    monkeypatch.setattr(p, 'paint', lambda *a: 1 / 0)
+    monkeypatch.setattr(p, 'paint_prompts', lambda *a: 1 / 0)
     for asked in (dict(prompt='a zebra'), dict(prompt=DUCK, w=math.nan), dict(prompt=[DUCK, ''])):
         with pytest.raises(ValueError): quick(pipe, **asked)
 

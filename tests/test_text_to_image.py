@@ -288,7 +288,7 @@ def test_rules_are_chapter_10as(painter):
 
 def test_judged_shares_are_those_of_the_survey(painter):
     got = t2i.t2i_point(0, 'test', 8, 2., 1)
-    want = dit.survey(painter, 8, w=2., steps=1, reader='judge')
+    want = dit.survey_prompts(painter, 8, w=2., steps=1, reader='judge')
     for k, v in want.items(): assert abs(got[k] - v.double().mean().item()) < 1e-9 or len(v) == 0
     assert got['of one'] + got['of two'] == 8 and got['bound'] <= got['there'] <= got['of two'] and got['fingerprint'] == .5
 
