@@ -38,7 +38,7 @@ def test_parameters_are_those_of_diffusers(kind):
 
 def answer(kind, m):
     "One answer of a small design, with the numbers of its places and words."
-    one, r = torch.ones(1), torch.randn
+    one, r = torch.ones(1, device='meta'), torch.randn
     if kind == 'sd3': return lambda: m(r(1, 4, 16, 16), r(1, 5, 24), r(1, 20), one), 64, 5
     if kind == 'flux': return lambda: m(r(1, 10, 16), r(1, 6, 24), r(1, 20), one, torch.zeros(10, 3), torch.zeros(6, 3), one), 10, 6
     if kind == 'flux2': return lambda: m(r(1, 10, 16), r(1, 6, 24), one, torch.zeros(1, 10, 4), torch.zeros(1, 6, 4), one), 10, 6
