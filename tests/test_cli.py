@@ -1,5 +1,5 @@
 "The command line as a shell sees it: exit codes, help, what goes to which stream, what a program can parse."
-import importlib, json, os, signal, subprocess, sys, time
+import functools, importlib, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat
 import pytest
@@ -148,13 +148,14 @@ def test_help_is_quick_and_loads_nothing_heavy():
     seconds = 'import atexit, sys, time; atexit.register(lambda: print("cpu", time.process_time())); sys.argv = ["latentcourse", "--help"]; from latentcourse.cli import main; main()'
     done = [subprocess.run([sys.executable, '-c', seconds], capture_output=True, text=True) for _ in range(2)]  # CPU time: the machine may be busy
     assert min(float(d.stdout.split('cpu ')[1]) for d in done) < 1, done
-    assert done[0].returncode == 0 and all(c in done[0].stdout for c in ('run', 'train', 'lab', 'doctor'))
+    assert done[0].returncode == 0 and all(c in done[0].stdout for c in ('run', 'train', 'generate', 'lab', 'doctor'))
 
-@pytest.mark.parametrize('command', ['run', 'train', 'lab', 'doctor'])
+@pytest.mark.parametrize('command', ['run', 'train', 'generate', 'lab', 'doctor'])
 def test_every_command_has_help(command):
     done = call(command, '--help')
     assert done.exit_code == 0 and 'Usage' in done.stdout
     if command == 'run': assert all(o in done.stdout for o in ('--train', '--study', '--json', '--timeout'))
+    if command == 'generate': assert all(o in done.stdout for o in ('-w', '--steps', '--seed', '-n', '--out', '--sampler', '--negative', '--anyway', '--init', '--strength', '--mask', '--json'))
     if command == 'train': assert all(o in done.stdout for o in ('--preset', '--data', '--resume', '--out', '--steps', '--seed'))
 
 def test_version():
@@ -220,6 +221,77 @@ def test_train_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(oracle, 'train_oracle', diverged)
     done = call('train', 'judge', '--out', tmp_path)
     assert done.exit_code == 1 and 'NaN at step 12' in done.stderr and 'Traceback' not in done.stderr
+
+# ---- generate ---------------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def whole_codec(): return importlib.import_module('latentcourse.codec').load_codec()[0]
+
+@pytest.fixture
+def painter(monkeypatch, tmp_path):
+    "A small untrained network in the place of the shipped one, and an empty folder to work in."
+    import torch
+    from latentcourse import pipeline
+    from latentcourse.text_to_image import T2iCfg, build_text_to_image
+    model = build_text_to_image(T2iCfg(d=32, depth=1, heads=2))
+    for q in model.parameters(): torch.nn.init.normal_(q, std=.05)
+    codec = whole_codec()
+    def shipped_parts():
+        print('text_to_image: shipped checkpoint')                              # what loading says must not reach a program
+        return model, codec, pipeline.the_text(), {}
+    monkeypatch.setattr(pipeline, 'shipped_parts', shipped_parts)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def test_generate_names_its_pictures_and_overwrites_none(painter):
+    from latentcourse.pipeline import settings_of
+    names = []
+    for _ in range(2):
+        done = call('generate', 'A red ball!', '--steps', 2, '--seed', 5, '--device', 'cpu')
+        assert done.exit_code == 0, done.output
+        names += done.stdout.split()
+        assert 'shipped checkpoint' in done.stderr
+    assert names == ['a-red-ball-5.png', 'a-red-ball-5-2.png'] and (painter / names[0]).read_bytes() == (painter / names[1]).read_bytes()
+    assert settings_of(names[0]) == {'prompt': 'A red ball!', 'negative': '', 'w': 3., 'steps': 2, 'seed': 5, 'sampler': 'heun'}
+
+def test_generate_speaks_json_and_takes_all_options(painter):
+    from PIL import Image
+    Image.new('RGB', (64, 64), 'green').save('init.png'); Image.new('L', (64, 64), 255).save('mask.png')
+    done = call('generate', 'a red ball', 'a mug', '-n', 2, '-w', 2, '--steps', 2, '--sampler', 'euler', '--negative', 'a car', '--init', 'init.png', '--mask', 'mask.png', '--strength', .5, '--repeats', 2, '--out', 'new/folder', '--json', '--device', 'cpu')
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert [Path(q['path']).name for q in told['pictures']] == ['a-red-ball-0.png', 'a-red-ball-1.png', 'a-mug-0.png', 'a-mug-1.png'] and all((painter / q['path']).is_file() for q in told['pictures'])
+    first = {k: told['pictures'][0][k] for k in ('prompt', 'negative', 'w', 'steps', 'seed', 'sampler', 'strength', 'repeats')}
+    assert first == {'prompt': 'a red ball', 'negative': 'a car', 'w': 2., 'steps': 2, 'seed': 0, 'sampler': 'euler', 'strength': .5, 'repeats': 2}
+    assert told['made']['device'] == 'cpu' and told['seconds']['painting'] > 0
+
+def test_generate_reads_prompts_from_a_pipe_and_into_a_file(painter):
+    done = CliRunner().invoke(cli.app, ['generate', '-', '--steps', '1', '--device', 'cpu', '--out', 'p.png'], input='a red ball\n\n  a mug \n')
+    assert done.exit_code == 0 and done.stdout.split() == ['p.png', 'p-2.png'], done.output
+    nothing = CliRunner().invoke(cli.app, ['generate', '-', '--device', 'cpu'], input='\n')
+    assert nothing.exit_code in (1, 2) and 'expected' in nothing.stderr and nothing.stdout == ''
+
+@pytest.mark.parametrize('words, code, says', [
+    (['a zebra'], 2, "'zebra': not among the words"), (['a puple duck'], 2, 'purple'), ([''], 2, 'w=0'), (['a duck', '-w', 'nan'], 2, 'finite'), (['a duck', '-w', 'much'], 2, ''), (['a duck', '--steps', '0'], 2, ''), (['a duck', '--seed', '-1'], 2, ''),
+    (['a duck', '--seed', '1.5'], 2, ''), (['a duck', '-n', '0'], 2, ''), (['a duck', '--sampler', 'magic'], 2, 'heun, euler'), (['a duck', '--strength', '.5'], 2, 'init'), (['a duck', '--init', 'none.png'], 1, 'no such file'),
+    (['a duck', '--negative', 'a mug', '-w', '1'], 2, 'above 1'), (['a duck ' * 40], 2, 'at most 64'), (['a duck', '--device', 'abacus'], 1, 'abacus'), (['a duck', '--model', 'nowhere'], 1, 'no generator here'), ([], 2, '')])
+def test_generate_refuses_in_one_line(painter, words, code, says):
+    done = call('generate', *words)
+    assert done.exit_code == code and says in done.stderr and done.stdout == '' and 'Traceback' not in done.output, done.output
+    assert not list(painter.glob('*.png'))
+
+def test_generate_goes_on_if_told_to(painter):
+    done = call('generate', 'a zebra', '--anyway', '--steps', 1, '--device', 'cpu')
+    assert done.exit_code == 0 and done.stdout.strip() == 'a-zebra-0.png'
+    done = call('generate', '', '-w', 0, '--steps', 1, '--device', 'cpu')
+    assert done.exit_code == 0 and done.stdout.strip() == 'picture-0.png'
+
+def test_generate_can_be_stopped(painter, monkeypatch):
+    from latentcourse import pipeline
+    def interrupted(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(pipeline, 'paint_prompts', interrupted)
+    done = call('generate', 'a duck', '--steps', 1)
+    assert done.exit_code == 130 and 'stopped' in done.stderr and done.stdout == ''
 
 # ---- names of chapters ------------------------------------------------------------------------------------------------------------
 
