@@ -257,7 +257,7 @@ def settings_of(
     path,                # a PNG that `save_png` wrote, or an image of the pipeline
     part:str='settings', # or 'made': with which weights, on what
 )->dict:
-    "How a picture was made; `pipe(**settings_of(path))` makes it again."
+    "How a picture was made; `pipe(**settings_of(path))` makes it again, with the same init and mask if there were any."
     from PIL import Image, UnidentifiedImageError
     try: info = path.info if isinstance(path, Image.Image) else Image.open(path).info
     except (UnidentifiedImageError, SyntaxError): raise DataError(f'{path}: not an image that Pillow can read') from None
@@ -380,6 +380,7 @@ class TextToImage:
         if init is None and (mask is not None or strength is not None): raise WrongRequest('mask and strength speak of a picture: expected init as well')
         how = dict(w=w, steps=steps, sampler=sampler, strength=(.7 if init is not None and mask is None else 1.) if strength is None else strength, repeats=repeats)
         wishes = [Settings(p, q, seed=counted_in(seed, 'seed') + i, **how) for p, q in paired(prompt, negative) for i in range(counted_in(n, 'n', 1))]
+        if mask is None and wishes[0].repeats != 1: raise WrongRequest('repeats speak of a mask: expected mask as well')
         check_words([t for s in wishes[::n] for t in (s.prompt, s.negative)], self.words, unknown, self.text.cfg.length)
         x, free, marks = looked_at(init, mask, self.side)
         size, images = counted_in(batch or (1 if self.device.type == 'cpu' else 16), 'batch', 1), []
@@ -468,7 +469,7 @@ def origin(
 )->dict:              # what a label says
     "With what pictures are made."
     return {'latentcourse': latentcourse.__version__, 'torch': torch.__version__, 'device': pipe.device.type, 'threads': torch.get_num_threads(), 'bf16': pipe.bf16,
-            'generator': state_mark(pipe.model), 'codec': state_mark(pipe.codec)}
+            'generator': state_mark(pipe.model), 'codec': state_mark(pipe.codec), 'text': state_mark(pipe.text)}
 
 def label_of(
     s:Settings,   # of the picture

@@ -300,6 +300,13 @@ def test_every_row_has_its_claim(module):
     none([f'row {r}: no claim in any chapter' for r in ROWS[module] if r not in rows])
     none([f'row {c["row"]}: nothing measured' for c in found if c['verdict'] != 'cited' and c['measured'] is None])
 
+def test_no_claim_is_numbered_like_one_of_another_page():
+    from latentcourse.lib.check import claims_of
+    where = defaultdict(set)
+    for p in CHAPTERS:
+        for c in claims_of(p): where[c['row']].add(name_of(p))
+    none([f'claim {row}: {sorted(pages)}' for row, pages in where.items() if len(pages) > 1])
+
 # ---- the site and the packaging ---------------------------------------------------------------------------------------------------
 
 def test_sidebar_lists_every_notebook():

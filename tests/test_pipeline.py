@@ -111,6 +111,15 @@ def test_a_picture_that_was_begun_names_what_it_began_with(pipe, tmp_path):
     assert pipe(**told, init=init, progress=False).tobytes() == image.tobytes()
     assert p.settings_of(quick(pipe, DUCK, init=Image.new('RGB', (64, 64), 'red')), 'made')['init'] != made['init']
 
+def test_a_label_tells_every_network(pipe):
+    from copy import deepcopy
+    made, parts = p.settings_of(quick(pipe, DUCK), 'made'), {'generator': 'model', 'codec': 'codec', 'text': 'text'}
+    for k, part in parts.items():
+        changed = deepcopy(getattr(pipe, part))
+        with torch.no_grad(): next(changed.parameters()).add_(1)
+        other = p.TextToImage(*(changed if part == name else getattr(pipe, name) for name in ('model', 'codec', 'text')), device='cpu').made
+        assert made[k] == p.state_mark(getattr(pipe, part)) and [name for name in made if made[name] != other[name]] == [k]
+
 def test_nothing_is_overwritten(pipe, tmp_path):
     image = quick(pipe, DUCK)
     path = p.save_png(image, tmp_path / p.file_name(p.Settings(DUCK)))
@@ -175,6 +184,7 @@ def test_a_model_of_other_words(pipe):
     (dict(n=0), p.WrongRequest, 'at least 1'), (dict(n=1.), TypeError, 'whole'), (dict(batch=-1), p.WrongRequest, 'at least 1'), (dict(repeats=0), p.WrongRequest, 'at least 1'),
     (dict(sampler='magic'), p.WrongRequest, 'heun, euler, ddim, dpm'), (dict(negative=3), p.WrongRequest, 'walk away'), (dict(negative=['a mug', 'a car']), p.WrongRequest, 'as many'), (dict(negative=[3]), TypeError, 'negative is a int'),
     (dict(negative='a mug', w=1), p.WrongRequest, 'above 1'), (dict(strength=.5), p.WrongRequest, 'init'), (dict(mask='m.png'), p.WrongRequest, 'init'),
+    (dict(repeats=2), p.WrongRequest, 'expected mask'), (dict(repeats=2, init=torch.zeros(3, 64, 64)), p.WrongRequest, 'expected mask'), (dict(repeats=1.5), TypeError, 'whole'), (dict(repeats=0, init=torch.zeros(3, 64, 64)), p.WrongRequest, 'at least 1'),
     (dict(init='no/such.png'), DataError, 'no such file'), (dict(init=3), TypeError, 'init'), (dict(init=torch.zeros(4, 4)), ValueError, 'init'), (dict(init=torch.full((3, 64, 64), 9.)), ValueError, 'init'),
     (dict(init=torch.zeros(3, 64, 64), strength=0), p.WrongRequest, 'more than 0'), (dict(init=torch.zeros(3, 64, 64), strength=1.1), p.WrongRequest, 'at most 1'),
     (dict(init=torch.zeros(3, 64, 64), mask=torch.zeros(64, 64, dtype=torch.bool)), p.WrongRequest, 'black'), (dict(init=torch.zeros(3, 64, 64), mask=torch.ones(32, 64, dtype=torch.bool)), p.WrongRequest, 'same')])
@@ -222,6 +232,10 @@ def test_conditions_without_weight_cost_nothing(pipe):
     for how, want in ((dict(w=0., prompt=''), 1), (dict(w=1.), 1), (dict(w=3.), 2), (dict(w=3., negative='a mug'), 2)):
         rows.clear(); quick(pipe, **{'prompt': DUCK, 'steps': 3, 'sampler': 'euler', **how})
         assert rows == [want] * 3 and sum(rows) == p.rows_asked(p.Settings(**{'prompt': DUCK, 'steps': 3, 'sampler': 'euler', **how}))
+    x = torch.zeros(3, 64, 64)
+    for how, want in ((dict(strength=.5, init=x), 2 * 2), (dict(repeats=3, init=x, mask=x[0] == 0), 4 * 3 * 2), (dict(repeats=3, strength=.5, sampler='heun', init=x, mask=x[0] == 0), 2 * 3 * 2 * 2)):
+        rows.clear(); quick(pipe, **{'prompt': DUCK, 'steps': 4, 'sampler': 'euler', **how})
+        assert sum(rows) == want == p.rows_asked(p.Settings(**{'prompt': DUCK, 'steps': 4, 'sampler': 'euler', **{k: v for k, v in how.items() if k not in ('init', 'mask')}}))
     hook.remove()
     with pytest.raises(ValueError, match="add up"): p.mixed([torch.ones(1), torch.ones(1)], (1., .5))
 
@@ -280,6 +294,11 @@ def painted_slope(repeats, rho=.9, n=8_000, seed=0):
 def test_taking_steps_again_makes_the_free_ones_listen():
     once, often = painted_slope(1), painted_slope(16)
     assert once < .55 and abs(often - .9) < .07
+
+def test_ddim_takes_the_steps_of_euler():
+    eps, field, both = torch.randn(6, 2, dtype=double), pair_field(.7), [p.SAMPLERS[name] for name in ('ddim', 'euler')]
+    agree(*(torch.stack(list(run(field, eps, times(9)))) for run in both), atol=1e-10)
+    assert (last(p.SAMPLERS['dpm'](field, eps, times(9))) - last(both[1](field, eps, times(9)))).abs().max() > 1e-3
 
 def test_kept_field_is_replacement():
     torch.manual_seed(0)

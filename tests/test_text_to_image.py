@@ -261,6 +261,15 @@ def test_who_remembers_nothing_is_as_near_to_both(m, k, seed):
     assert t2i.remembers(x[:, 1], x[:, 1:1 + m], x[:, 1 + m:]).all() and not t2i.remembers(x[:, 1 + m], x[:, 1:1 + m], x[:, 1 + m:]).any()
     with pytest.raises(ValueError, match='expected'): t2i.remembers(x[:, 0], x[:10, 1:], x)
 
+@pytest.mark.parametrize('k, m, fresh', [(6, 2, 2), (9, 3, 1), (4, 4, 4)])
+def test_who_copies_any_of_k_is_found_as_often_as_the_page_says(k, m, fresh):
+    torch.manual_seed(k)
+    x = torch.randn(8_000, k + fresh, 3)
+    copied = x[torch.arange(8_000), torch.randint(k, (8_000,))]
+    found = t2i.remembers(copied, x[:, :m], x[:, k:]).double()
+    want = m / k + (1 - m / k) * m / (m + fresh)
+    assert found.all() if m == k else abs(z_score(found, want)) < 5
+
 # ---- asking it --------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
