@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from .classifier_free_guidance import guide
 from .codec import load_codec
 from .diffusion import LINEAR
-from .dit import DiTBlock, Exit, Modulation, MuonAdamW, Near, grid_waves, inner_matrices, pictures_of, timed, unit_waves
+from .dit import DiTBlock, Exit, Modulation, MuonAdamW, grid_waves, inner_matrices, pictures_of, timed, unit_waves
 from .latent_flow import cached, encoded
 from .lib.checkpoint import figure, runs_folder, train_or_load
 from .lib.data import Batches
