@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['DIFFUSERS_BLOCK', 'DIFFUSERS_CLOCK', 'DIT', 'SAID', 'DIT_MINUTES', 'STUDIES', 'unit_waves', 'timed', 'step_waves',
            'grid_waves', 'grid_turn', 'modulate', 'gated', 'Modulation', 'plain_norm', 'Near', 'DiTBlock', 'Exit',
-           'DiT', 'dit_from_diffusers', 'diffusers_state', 'orthogonalised', 'MuonAdamW', 'inner_matrices', 'DitCfg',
-           'build_dit', 'the_text', 'retold', 'large_latents', 'learn_dit', 'text_field', 'dream', 'pictures_of',
-           'wishes', 'fulfilled', 'survey_prompts', 'examine_dit', 'train_dit', 'dit_probe', 'load_dit', 'dit_point']
+           'DiT', 'TanhGELU', 'dit_from_diffusers', 'diffusers_state', 'orthogonalised', 'MuonAdamW', 'inner_matrices',
+           'DitCfg', 'build_dit', 'the_text', 'retold', 'large_latents', 'learn_dit', 'text_field', 'dream',
+           'pictures_of', 'wishes', 'fulfilled', 'survey_prompts', 'examine_dit', 'train_dit', 'dit_probe', 'load_dit',
+           'dit_point']
 
 # %% ../nbs/11a_dit.ipynb #b8ff9148
 import math, time
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch
@@ -210,6 +211,11 @@ class DiT(nn.Module):
         for block in self.blocks: x = block(x, told, tokens, seen, None, self.turn, xt.shape[2] // self.patch)
         return unpatchify(self.exit(x, e), self.patch)
 
+# %% ../nbs/11a_dit.ipynb #dit0gelu1
+class TanhGELU(nn.Module):
+    "The GELU in the tanh form of the published network; without gradients it writes over its argument."
+    def forward(self, x): return F.gelu(x, approximate='tanh') if torch.is_grad_enabled() else torch.ops.aten.gelu_(x, approximate='tanh')
+
 # %% ../nbs/11a_dit.ipynb #d05e87c4
 DIFFUSERS_BLOCK = {'own.out': 'attn1.to_out.0', 'feed.up': 'ff.net.0.proj', 'feed.down': 'ff.net.2', 'modulation.make': 'norm1.linear'}                 # of a block: ours, theirs
 DIFFUSERS_CLOCK = {'time.0': 'timestep_embedder.linear_1', 'time.2': 'timestep_embedder.linear_2'}                                                # of the embedding, which is in `norm1.emb` of each block
@@ -221,7 +227,7 @@ def dit_from_diffusers(
     c, old = getattr(model, 'config', {}), model.state_dict()
     if type(model).__name__ != 'DiTTransformer2DModel' or (c.activation_fn, c.attention_bias) != ('gelu-approximate', True): raise TypeError(f'expected a DiTTransformer2DModel with biases and the tanh GELU, not {type(model).__name__}')
     dit = DiT(c.sample_size, c.in_channels, c.patch_size, model.inner_dim, c.num_layers, c.num_attention_heads, words=0, pooled=0, classes=c.num_embeds_ada_norm,
-              cross=False, act=partial(nn.GELU, approximate='tanh'), waves=256, clock=step_waves, answers=model.out_channels, drop=.1)
+              cross=False, act=TanhGELU, waves=256, clock=step_waves, answers=model.out_channels, drop=.1)
     emb = lambda key: old[f'transformer_blocks.0.norm1.emb.{key}']
     copies = [[v for k, v in old.items() if f'blocks.{i}.norm1.emb.' in k] for i in range(c.num_layers)]
     if any(not torch.equal(a, b) for other in copies for a, b in zip(copies[0], other)): raise ValueError('its blocks embed time and class each in their own way: the published DiT has one embedding for all')
@@ -306,7 +312,7 @@ class DitCfg:
     near:bool=True         # a small convolution in each block
     shared:bool=True       # one modulation for all blocks
     rope:bool=False        # rotary positions
-    qk_norm:bool=False     # queries and keys of length one
+    qk_norm:bool=False     # queries and keys of root mean square one
     drop:float=.1          # share of captions that are not told
     scenes:int=65_536      # to learn from
     steps:int=2_500        # training steps

@@ -69,7 +69,7 @@ def attention(
 # %% ../nbs/05_transformer.ipynb #c046
 class Attention(nn.Module):
     "Several heads that look at the tokens themselves, or at a context; True in a mask: may look."
-    def __init__(self, d, heads, bias=True, qk_norm=False): # d: width of a token, which heads share; qk_norm: queries and keys of length one, up to a learned scale
+    def __init__(self, d, heads, bias=True, qk_norm=False): # d: width of a token, which heads share; qk_norm: queries and keys of root mean square one, up to a learned scale
         super().__init__()
         if min(d, heads) < 1 or d % heads: raise ValueError(f'{heads} heads cannot share a width of {d}: expected a divisor')
         self.d, self.heads = d, heads

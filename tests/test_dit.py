@@ -1,5 +1,6 @@
 "The diffusion transformer: against diffusers, torch and formulas; what is silent at first and who wakes when; orthogonal steps; a training that is killed; and mistakes that are noticed."
 import json, math, os, random, subprocess, sys
+from functools import partial
 from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
@@ -282,6 +283,18 @@ def test_single_precision_with_their_own_waves():
     x, step, y = asked(theirs)
     agree(d.dit_from_diffusers(theirs)(x.float(), step / 1_000, y=y), theirs(x.float(), step, y).sample, atol=2e-4)
 
+def test_gelu_of_the_published_network_spares_its_argument_only_where_gradients_are_asked_for():
+    x = some(7, 6, 9)
+    want = x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + .044715 * x**3)))
+    asked, given = x.clone().requires_grad_(), x.clone()
+    y = d.TanhGELU()(asked)
+    agree(y.detach(), want, atol=1e-12), agree(asked.detach(), x, atol=0)
+    with torch.no_grad(): over = d.TanhGELU()(given)
+    agree(over, want, atol=1e-12), agree(given, want, atol=1e-12)
+    slope = (d.TanhGELU()(x + 1e-6) - d.TanhGELU()(x - 1e-6)) / 2e-6
+    agree(torch.autograd.grad(y.sum(), asked)[0], slope, atol=1e-8)
+    caught(lambda: (F.gelu(x), want))                                                              # the exact one
+
 @pytest.mark.parametrize('mistake', ['exact GELU', 'unit waves', 'no places', 'shift and scale exchanged', 'keys for queries', 'other patch order', 'the other clock', 'other eps', 'places of rows first', 'null class forgotten'])
 def test_mistakes_in_the_published_network_are_noticed(mistake):
     theirs = published(7, norm_eps=1e-3)
@@ -500,7 +513,7 @@ def kill_runs(folder, kills, seed):
     import time
     torch.set_num_threads(1)
     codec = d.load_codec(); d.the_text()                                                            # once, for all children
-    latent_flow.load_codec, latent_flow.cached = lambda: codec, d.partial(latent_flow.cached, shard=16)
+    latent_flow.load_codec, latent_flow.cached = lambda: codec, partial(latent_flow.cached, shard=16)
     def fork(out):
         pid = os.fork()
         if pid: return pid
