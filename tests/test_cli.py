@@ -112,6 +112,11 @@ def test_ctrl_c_is_130(tmp_path):
     (['train', 'unicorn'], 2, 'there are: teacher, judge, ae'),
     (['train', 'teacher', '--preset', 'TPU'], 2, 'CPU'),
     (['train', 'teacher', '--data', 'cifar10'], 2, 'toybox'),
+    (['train', 'seq2seq', '--data', 'folder:pictures'], 2, 'vae, clip, dit, text_to_image'),
+    (['train', 'vae', '--data', 'folder:no/such'], 1, 'no such folder'),
+    (['train', 'vae', '--data', 'photos'], 1, 'folder:PATH'),
+    (['train', 'dit', '--data', 'folder:pictures', '--preset', 'SHIPPED'], 2, 'CPU, GPU'),
+    (['generate', 'a red ball', '--model', 'no/such'], 1, 'no generator here'),
     (['train', 'teacher', '--steps', '-3'], 2, ''),
     (['train', 'teacher', '--seed', 'x'], 2, ''),
     (['train'], 2, ''),
@@ -156,7 +161,7 @@ def test_every_command_has_help(command):
     assert done.exit_code == 0 and 'Usage' in done.stdout
     if command == 'run': assert all(o in done.stdout for o in ('--train', '--study', '--json', '--timeout'))
     if command == 'generate': assert all(o in done.stdout for o in ('-w', '--steps', '--seed', '-n', '--out', '--sampler', '--negative', '--anyway', '--init', '--strength', '--mask', '--json'))
-    if command == 'train': assert all(o in done.stdout for o in ('--preset', '--data', '--resume', '--out', '--steps', '--seed'))
+    if command == 'train': assert all(o in done.stdout for o in ('--preset', '--data', '--on-bad', '--resume', '--out', '--steps', '--seed', 'folder:PATH'))
 
 def test_version():
     import latentcourse
@@ -320,3 +325,33 @@ def test_execute_refuses_to_overwrite_its_source(tmp_path):
     source = page(tmp_path, '00_a', '1')
     with pytest.raises(ValueError, match='source itself'): execute(source, source)
     with pytest.raises(FileNotFoundError): execute(tmp_path / 'none.ipynb', tmp_path / 'out.ipynb')
+
+# ---- the picture at the end ---------------------------------------------------------------------------------------------------------
+
+def test_whole_course_ends_with_a_picture(tmp_path, monkeypatch):
+    from PIL import Image
+    page(tmp_path / 'nbs', '00_first', CLAIM)
+    monkeypatch.setattr(cli, 'course_root', lambda: tmp_path)
+    monkeypatch.delenv('LATENTCOURSE_RUNS', raising=False)
+    told = json.loads(call('run', '--json').stdout)
+    assert told['ok'] and Image.open(told['picture']).size == (64, 64)
+    from latentcourse.pipeline import settings_of
+    assert settings_of(told['picture'])['prompt'] == 'a brown teddy bear reading a red book'
+    done = call('run')                                                      # a second time: painted over, and said last
+    assert done.exit_code == 0 and done.stdout.rstrip().endswith(told['picture'])
+
+def test_a_part_of_the_course_or_a_failed_one_paints_nothing(ran, tmp_path, monkeypatch):
+    assert json.loads(ran.stdout)['picture'] is None                        # --nbs
+    page(tmp_path / 'nbs', '00_first', '1 / 0')
+    page(tmp_path / 'nbs', '01_second', CLAIM)
+    monkeypatch.setattr(cli, 'course_root', lambda: tmp_path)
+    monkeypatch.setattr(cli, 'farewell', lambda *a: 1 / 0)
+    assert json.loads(call('run', 'second', '--json', '--out', tmp_path / 'out').stdout)['picture'] is None
+    failed = call('run', '--json', '--out', tmp_path / 'out')
+    assert failed.exit_code == 1 and json.loads(failed.stdout)['picture'] is None
+
+def test_a_picture_as_text():
+    from PIL import Image
+    image = Image.new('RGB', (3, 4), (1, 2, 3)); image.putpixel((2, 1), (9, 8, 7))
+    lines = cli.in_colours(image).split('\n')
+    assert len(lines) == 2 and lines[0].split('▀')[2] == '\x1b[38;2;1;2;3;48;2;9;8;7m' and lines[1].endswith('▀\x1b[0m')
