@@ -456,6 +456,7 @@ def quantile_map(
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (low + high) / 2
 
+# %% ../nbs/12d_large_systems.ipynb #182642f4
 def bend(
     states:list, # `n+1` states `b ...` at even times from 0 to 1
 )->Tensor:       # `b` squared distance; 0 for a straight path at an even pace
@@ -463,6 +464,7 @@ def bend(
     path = torch.stack(states)
     return ((len(path) - 1) * path.diff(dim=0) - (path[-1] - path[0])).square().flatten(2).sum(2).mean(0)
 
+# %% ../nbs/12d_large_systems.ipynb #19e3c590
 def average_velocity(
     gm:Mixture, # on the line
     z:Tensor,   # `n 1` noise in which the paths began
@@ -481,6 +483,7 @@ def guesses(
     q = p[tuple(slice(None) if w < 0 else slice(w, w + 1) for w in seen)]
     return [q.sum([j for j in range(q.ndim) if j != i]).flatten() / q.sum() for i in range(q.ndim)]
 
+# %% ../nbs/12d_large_systems.ipynb #3230a853
 def masked_loss(
     p:Tensor, # `v v ...` probability of every sentence
     m:float,  # share of words that are masked
@@ -494,6 +497,7 @@ def masked_loss(
         for i in rest: total -= chance * (p * ((p.sum([j for j in rest if j != i], keepdim=True) if len(rest) > 1 else p) / known).log()).sum()
     return float(total)
 
+# %% ../nbs/12d_large_systems.ipynb #85177b5c
 def unmasked_law(
     p:Tensor,  # `v v ...` probability of every sentence
     ts:Tensor, # `n+1` increasing times: a share t of the words is shown
