@@ -25,11 +25,11 @@ def train(out):
     for r in fit(loss, net, Batches(columns, 8, seed=5), 40, lr=1e-2, warmup=5, ema=ema_of(net, .9), accumulate=2, device='cpu', out=out, every=2, resume=True, progress=False):
         if r.i % 10 == 9 and not hasattr(r, 'replayed'): torch.rand(3)                               # the caller draws too
 
-def fork(out):
+def fork(out, run=train):
     pid = os.fork()
     if pid: return pid
     code = 1
-    try: train(out); code = 0
+    try: run(out); code = 0
     finally: os._exit(code)
 
 def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

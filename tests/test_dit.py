@@ -508,27 +508,21 @@ def child(out):
 
 def kill_runs(folder, kills, seed):
     "Run once to the end, then kill runs at random and let others finish them; one JSON line a kill."
-    from kill_child import differing, end, kill_at
+    from kill_child import differing, end, fork, kill_at
     from latentcourse import latent_flow
     import time
     torch.set_num_threads(1)
     codec = d.load_codec(); d.the_text()                                                            # once, for all children
     latent_flow.load_codec, latent_flow.cached = lambda: codec, partial(latent_flow.cached, shard=16)
-    def fork(out):
-        pid = os.fork()
-        if pid: return pid
-        code = 1
-        try: child(out); code = 0
-        finally: os._exit(code)
     rng, start = random.Random(seed), time.monotonic()
-    assert end(fork(folder / 'straight')) == 0
+    assert end(fork(folder / 'straight', child)) == 0
     life = time.monotonic() - start
     for i in range(kills):
         out = folder / f'run{i}'
-        while not kill_at(fork(out), life * rng.uniform(*((0, .5), (.4, .9))[i % 2]), out, False):
+        while not kill_at(fork(out, child), life * rng.uniform(*((0, .5), (.4, .9))[i % 2]), out, False):
             for f in sorted(out.rglob('*'), reverse=True): f.rmdir() if f.is_dir() else f.unlink()  # it was already over
         left = {p.name for p in out.rglob('*') if p.is_file()} if out.exists() else set()
-        code = end(fork(out))
+        code = end(fork(out, child))
         rows = [load(p)[0] for f in (folder / 'straight', out) for p in sorted(f.glob('latents/large/rows-*.safetensors'))]
         same = len(rows) == 8 and all(torch.equal(a[k], b[k]) for a, b in zip(rows[:4], rows[4:]) for k in a)
         print(json.dumps({'shards': sum(n.startswith('rows-') and n.endswith('.safetensors') for n in left), 'state': 'state.safetensors' in left, 'code': code, 'latents': same,

@@ -1,5 +1,5 @@
 "The loop: the steps it makes, the state it keeps, what it refuses."
-import math, random
+import math, random, time
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -205,3 +205,12 @@ def test_on_a_gpu(tmp_path):
     a = run(tmp_path / 'a'); run(tmp_path / 'b', stop=12); b = run(tmp_path / 'b')
     torch.use_deterministic_algorithms(False)
     assert a[0].weight.is_cuda and same(a, b)
+
+def test_seconds_of_a_step_include_the_optimizer():
+    net = torch.nn.Linear(2, 1)
+    class Slow(torch.optim.SGD):
+        def step(self, closure=None):
+            time.sleep(.05)
+            return super().step(closure)
+    hist = list(fit(lambda x: net(x).square().flatten(), net, torch.randn(4, 2).split(2), 3, opt=Slow(net.parameters(), .1), device='cpu', progress=False))
+    assert all(r.seconds >= .05 for r in hist)

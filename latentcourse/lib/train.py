@@ -236,10 +236,11 @@ def fit(
             if processes().num_processes > 1: average_gradients(model)
             norm = nn.utils.clip_grad_norm_(params, clip or math.inf)
             due = out and (i + 1 == steps or every and (i + 1) % every == 0 or every_s is not None and time.monotonic() - written >= every_s)
-            r, due = record_step(i, total, norm, rate.get_last_lr()[0], logs, due, start)
+            r, due = record_step(i, total, norm, rate.get_last_lr()[0], logs, due)
             if not math.isfinite(r.loss + r.grad_norm): raise diverged(r, batches, (i + 1) * accumulate, path, saved)
             opt.step(); rate.step(); opt.zero_grad()
             if ema is not None: ema.update_parameters(model)
+            r.seconds = time.perf_counter() - start
             log.append(r); bar.set_postfix_str(f'loss {r.loss:.4g}', refresh=False); bar.update()
             yield r
             if due: keep(path, parts, log, recipe); saved, written = i + 1, time.monotonic()
@@ -252,10 +253,9 @@ def record_step(
     lr:float,     # learning rate of this step
     logs:dict,    # numbers from the loss function
     due:bool,     # whether this process would write a checkpoint
-    start:float,  # when the step began
 )->tuple:         # record, and whether to write: the same on every process
     "What a step reports; the device is waited for once."
     numbers = torch.stack([torch.as_tensor(v, device=total.device, dtype=torch.float32).detach().mean() for v in (total, norm, float(bool(due)), *logs.values())])
     if processes().num_processes > 1: numbers = reduce(numbers, 'mean')
     loss, grad_norm, due, *values = numbers.tolist()
-    return SimpleNamespace(i=i, loss=loss, lr=lr, grad_norm=grad_norm, seconds=time.perf_counter() - start, **dict(zip(logs, values))), due > 0
+    return SimpleNamespace(i=i, loss=loss, lr=lr, grad_norm=grad_norm, seconds=math.nan, **dict(zip(logs, values))), due > 0
