@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import typer
 from . import __version__
-from .lib.pages import UnknownName, chapters, course_root, execute, pick
+from .lib.pages import UnknownName, at_a_time, chapters, course_root, execute_all, pick
 
 # %% ../nbs/cli.ipynb #c004
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False,
@@ -144,6 +144,7 @@ def run(
     train:bool=typer.Option(False, '--train', help='Train every model from nothing instead of loading the shipped checkpoints.'),
     study:str=typer.Option(None, help='Record a named sweep into nbs/studies instead of running chapters.'),
     as_json:bool=typer.Option(False, '--json', help='Print one JSON object and nothing else.'),
+    jobs:int=typer.Option(None, '-j', '--jobs', min=1, help='Chapters at a time, each with its share of the cores; by default as many as there are cores and memory for, 4 at most, and 1 with --train.'),
     timeout:float=typer.Option(1200., min=1., help='Seconds that one cell may take.'),
     nbs:Path=typer.Option(None, help='Folder of notebooks; by default the course.'),
     out:Path=typer.Option(None, help='Folder for the executed copies; by default runs/notebooks.'),
@@ -156,9 +157,9 @@ def run(
         if not todo: raise UnknownName(f'{nbs} holds no chapters; expected notebooks such as 00_toybox.ipynb')
         out = out or Path(os.environ.get('LATENTCOURSE_RUNS') or nbs.resolve().parent / 'runs') / 'notebooks'
         env = {'LATENTCOURSE_TRAIN': time.strftime('run-%Y%m%d-%H%M%S')} if train else {}  # `train_or_load`: one training for all the kernels of this run
-        if not as_json: say(f'Running {len(todo)} notebooks of {nbs} in a fresh kernel each')
-        with progress_over(as_json) as begin:
-            ran = [execute(p, out / p.name, timeout, begin(p.stem), env) for p in todo]
+        jobs = min(len(todo), jobs or (1 if train else at_a_time()))
+        if not as_json: say(f'Running {len(todo)} notebooks of {nbs} in a fresh kernel each' + (f', {jobs} at a time' if jobs > 1 else ''))
+        with progress_over(as_json) as begin: ran = execute_all(todo, out, timeout, begin, env, jobs)
         from latentcourse.lib.check import claims_of
         claims = [dict(c, chapter=r['name']) for r in ran for c in claims_of(r['copy'])]
         seconds, ok = time.perf_counter() - began, not any(r['error'] for r in ran)

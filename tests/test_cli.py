@@ -1,5 +1,5 @@
 "The command line as a shell sees it: exit codes, help, what goes to which stream, what a program can parse."
-import functools, importlib, json, os, signal, subprocess, sys, time
+import functools, importlib, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import nbformat
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 from latentcourse import cli
-from latentcourse.lib.pages import UnknownName, answers_to, chapters, course_root, execute, pick, relink, skipped
+from latentcourse.lib.pages import UnknownName, answers_to, at_a_time, chapters, course_root, execute, execute_all, pick, relink, skipped
 from course import CHAPTERS, NBS, ROOT
 
 CLAIM = 'from latentcourse.lib.check import claim\nclaim("1", "twice two is four", verdict="confirmed", measured=4)'
@@ -88,19 +88,43 @@ def test_run_survives_a_kernel_that_dies(tmp_path):
     assert done.exit_code == 1 and 'kernel died' in json.loads(done.stdout)['chapters'][0]['error']['message']
 
 @pytest.mark.skipif(os.name == 'nt', reason='no SIGINT to another process')
-def test_ctrl_c_is_130(tmp_path):
-    page(tmp_path / 'nbs', '00_slow', f'import os, time\nopen({str(tmp_path / "on")!r}, "w").write(str(os.getpid()))\ntime.sleep(60)')
-    p = subprocess.Popen([sys.executable, '-m', 'latentcourse', 'run', '--nbs', str(tmp_path / 'nbs')], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_ctrl_c_is_130(tmp_path, jobs):
+    import psutil
+    for i in range(3): page(tmp_path / 'nbs', f'0{i}_slow', f'import os, time\nopen({str(tmp_path / f"on{i}")!r}, "w").write(str(os.getpid()))\ntime.sleep(60)')
+    p = subprocess.Popen([sys.executable, '-m', 'latentcourse', 'run', '--nbs', str(tmp_path / 'nbs'), '--jobs', str(jobs)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # a shell's `&` has its children ignore Ctrl-C
+    on = [tmp_path / f'on{i}' for i in range(jobs)]
     for _ in range(600):
-        if (tmp_path / 'on').exists() and (tmp_path / 'on').read_text(): break
+        if all(f.exists() and f.read_text() for f in on): break
         time.sleep(.1)
     time.sleep(.5)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'stopped' in err and 'Traceback' not in err, err
-    import psutil
-    assert not psutil.pid_exists(int((tmp_path / 'on').read_text())), 'the kernel lives on'
+    assert not any(psutil.pid_exists(int(f.read_text())) for f in on), 'a kernel lives on'
+    assert not (tmp_path / 'on2').exists()
+
+def test_ctrl_c_before_the_kernel_is_up(tmp_path):
+    stop = threading.Event()
+    stop.set()
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt): execute(page(tmp_path, '00_slow', 'import time; time.sleep(60)'), tmp_path / 'out.ipynb', stop=stop)
+    assert time.perf_counter() - began < 30
+
+def test_several_at_a_time_tell_the_same(small, tmp_path):
+    one, two = (json.loads(call('run', '--nbs', small, '--out', tmp_path / str(jobs), '--jobs', jobs, '--json').stdout) for jobs in (1, 2))
+    plain = lambda ran: [(c['name'], c['cells'], c['error']) for c in ran['chapters']]
+    assert plain(one) == plain(two) and one['claims'] == two['claims'] and len(plain(one)) > 1
+
+def test_cores_are_shared_out(tmp_path, monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 6)
+    pages = [page(tmp_path, f'0{i}_who', 'import os; os.environ.get("OMP_NUM_THREADS")') for i in range(2)]
+    told = lambda jobs: {nbformat.read(r['copy'], 4).cells[1].outputs[0].data['text/plain'] for r in execute_all(pages, tmp_path / 'out', jobs=jobs) if nbformat.read(r['copy'], 4).cells[1].outputs}
+    assert told(2) == {"'3'"} and told(1) == set()
+    monkeypatch.setenv('OMP_NUM_THREADS', '5')
+    assert told(2) == {"'5'"} and 1 <= at_a_time() <= 4
 
 # ---- wrong questions --------------------------------------------------------------------------------------------------------------
 

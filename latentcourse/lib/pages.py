@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['INLINE', 'CourseNotFound', 'UnknownName', 'course_root', 'chapters', 'answers_to', 'pick', 'skipped', 'PeakMemory',
-           'client_of', 'what_went_wrong', 'run_all_cells', 'execute', 'relink', 'readme_of', 'write_readme']
+           'client_of', 'what_went_wrong', 'run_all_cells', 'execute', 'at_a_time', 'execute_all', 'relink',
+           'readme_of', 'write_readme']
 
 # %% ../../nbs/lib/pages.ipynb #c002
 import os, re, threading, time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 # %% ../../nbs/lib/pages.ipynb #c004
@@ -116,18 +118,20 @@ def what_went_wrong(
 
 # %% ../../nbs/lib/pages.ipynb #c021
 def run_all_cells(
-    client,   # NotebookClient
-    env:dict, # the kernel's environment
+    client,    # NotebookClient
+    env:dict,  # the kernel's environment
+    stop=None, # `threading.Event` that ends it too
 ):
     "Run a notebook; a Ctrl-C ends its kernel and goes on up."
     import psutil
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(client.execute, env=env, cleanup_kc=True)
         try:
-            while not wait([job], 0.2).done: pass
+            while not wait([job], 0.2).done:
+                if stop is not None and stop.is_set(): raise KeyboardInterrupt
         except BaseException:
-            pid = getattr(client.km.provisioner, 'pid', None)
-            if pid and psutil.pid_exists(pid): psutil.Process(pid).kill()
+            while not wait([job], 0.2).done:                 # it may not have begun
+                with suppress(psutil.Error, ValueError): psutil.Process(getattr(getattr(client.km, 'provisioner', None), 'pid', None) or -1).kill()
             raise
         job.result()
 
@@ -141,6 +145,7 @@ def execute(
     timeout:float=600,    # seconds a cell may take
     on_cell=None,         # callable `(cells run, cells in all)`, for a progress bar
     env:dict|None=None,   # environment variables for the kernel, besides our own
+    stop=None,            # `threading.Event`: once set, the kernel is ended and KeyboardInterrupt raised
 )->dict:                  # name, seconds, peak_mb, cells, copy, error: None or {cell, source, message}
     "Run a notebook in a fresh kernel, keep the executed copy, and say how it went."
     import nbformat
@@ -157,7 +162,7 @@ def execute(
         if on_cell: on_cell(code.index(cell_index) + 1, len(code))
     error, client = None, client_of(nb, path.parent, timeout, {'on_cell_start': start, 'on_cell_executed': end})
     try:
-        with PeakMemory(lambda: getattr(client.km.provisioner, 'pid', None)) as peak: run_all_cells(client, {**os.environ, 'MPLBACKEND': INLINE, **(env or {})})
+        with PeakMemory(lambda: getattr(getattr(client.km, 'provisioner', None), 'pid', None)) as peak: run_all_cells(client, {**os.environ, 'MPLBACKEND': INLINE, **(env or {})}, stop)
     except (CellControlSignal, DeadKernelError, RuntimeError) as e:
         cell = nb.cells[at[0]]
         error = {'cell': at[0], 'source': cell.source, 'message': what_went_wrong(e, cell, timeout)}
@@ -167,6 +172,35 @@ def execute(
         nbformat.write(nb, out)
     return {'name': path.stem, 'seconds': round(time.perf_counter() - began, 1), 'peak_mb': round(peak.mb), 'cells': done[0],
             'copy': str(out), 'error': error}
+
+# %% ../../nbs/lib/pages.ipynb #all00002
+def at_a_time()->int: # 1 to 4
+    "How many chapters this machine runs side by side: a core and four free gigabytes for each."
+    import psutil
+    return max(1, min(4, os.cpu_count() or 1, int(psutil.virtual_memory().available / 4e9)))
+
+def execute_all(
+    paths:list[Path],  # notebooks
+    folder:Path,       # where the executed copies go
+    timeout:float=600, # seconds a cell may take
+    begin=None,        # callable `name -> on_cell`, told when one starts
+    env:dict|None=None, # environment variables for the kernels, besides our own
+    jobs:int=1,        # how many at a time
+)->list[dict]:         # as from `execute`, in the order of `paths`
+    "Run notebooks, several at a time; a Ctrl-C ends them all."
+    stop = threading.Event()
+    share = {} if jobs == 1 or os.environ.get('OMP_NUM_THREADS') else {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}
+    def one(path):
+        if stop.is_set(): raise KeyboardInterrupt
+        return execute(path, Path(folder) / path.name, timeout, begin(path.stem) if begin else None, {**share, **(env or {})}, stop)
+    with ThreadPoolExecutor(jobs) as pool:
+        work = [pool.submit(one, p) for p in paths]
+        try:
+            while (so_far := wait(work, 0.2, FIRST_EXCEPTION)).not_done: [w.result() for w in so_far.done]
+            return [w.result() for w in work]
+        except BaseException:
+            stop.set()
+            raise
 
 # %% ../../nbs/lib/pages.ipynb #c027
 def relink(
