@@ -42,7 +42,9 @@ def attention_weights(
     check_attention(q, k, k, mask)
     logits = torch.einsum('bgnd,bgmd->bgnm', q, k) / math.sqrt(q.shape[-1])
     if mask is None: return logits.softmax(-1)
-    return logits.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.)
+    some = mask.any(-1, keepdim=True)                                    # a query that may look nowhere brings back zeros, not NaN
+    weights = (logits + torch.where(mask | ~some, 0., -torch.inf).to(logits)).softmax(-1)
+    return weights if some.all() else weights * some
 
 # %% ../nbs/05_transformer.ipynb #c028
 def attention_matmul(
