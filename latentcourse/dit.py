@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DIFFUSERS_BLOCK', 'DIFFUSERS_CLOCK', 'DIT', 'SAID', 'DIT_MINUTES', 'STUDIES', 'unit_waves', 'timed', 'step_waves',
            'grid_waves', 'grid_turn', 'modulate', 'gated', 'Modulation', 'plain_norm', 'Near', 'DiTBlock', 'Exit',
-           'DiT', 'TanhGELU', 'dit_from_diffusers', 'diffusers_state', 'orthogonalised', 'MuonAdamW', 'inner_matrices',
-           'DitCfg', 'build_dit', 'the_text', 'retold', 'large_latents', 'learn_dit', 'text_field', 'dream',
-           'pictures_of', 'wishes', 'fulfilled', 'survey_prompts', 'examine_dit', 'train_dit', 'dit_probe', 'load_dit',
-           'dit_point']
+           'DiT', 'TanhGELU', 'dit_from_diffusers', 'diffusers_state', 'orthogonalised', 'Muon', 'MuonAdamW',
+           'inner_matrices', 'DitCfg', 'build_dit', 'the_text', 'retold', 'large_latents', 'learn_dit', 'text_field',
+           'dream', 'pictures_of', 'wishes', 'fulfilled', 'survey_prompts', 'examine_dit', 'train_dit', 'dit_probe',
+           'load_dit', 'dit_point']
 
 # %% ../nbs/11a_dit.ipynb #b8ff9148
 import math, time
@@ -157,7 +157,7 @@ class DiTBlock(nn.Module):
 
     def forward(self, x, e, context=None, context_mask=None, mask=None, turn=None, rows=None, places=None): # x `b n d`; e `b d`, or `6 b d` if shared; places: how many tokens lie on the grid of `rows` rows
         if (context is None) != (self.cross is None): raise ValueError('this block looks at words: expected a context' if self.cross else 'this block has no entrance for words: expected context=None')
-        a, b, c, f, g, h = self.table + e if self.modulation is None else self.modulation(e)
+        a, b, c, f, g, h = (self.table + e).to(x) if self.modulation is None else self.modulation(e)
         if self.near is not None: x = self.near(x, rows) if places in (None, x.shape[1]) else torch.cat([self.near(x[:, :places], rows), x[:, places:]], 1)
         x = gated(x, c, self.own(modulate(self.norms[0](x), a, b), None, mask, None, turn))
         if self.cross is not None: x = x + self.cross(self.cross_norm(x), self.words(context), context_mask)
@@ -207,7 +207,8 @@ class DiT(nn.Module):
         if xt.ndim != 4 or xt.shape[1:] != (self.channels, self.size, self.size): raise ValueError(f'xt has shape {tuple(xt.shape)}: expected (b, {self.channels}, {self.size}, {self.size})')
         e = self.known(t, pooled, y)
         told = e if self.shared is None else self.shared(e)
-        x, seen = self.embed(patchify(xt, self.patch)) + self.places, None if mask is None else mask[:, None, None]
+        x, seen = self.embed(patchify(xt, self.patch)), None if mask is None else mask[:, None, None]
+        x = x + self.places.to(x)                                            # under autocast the sum over blocks, too, is kept in bf16
         for block in self.blocks: x = block(x, told, tokens, seen, None, self.turn, xt.shape[2] // self.patch)
         return unpatchify(self.exit(x, e), self.patch)
 
@@ -263,24 +264,44 @@ def diffusers_state(
 
 # %% ../nbs/11a_dit.ipynb #d9afc563
 def orthogonalised(
-    G:Tensor,                             # `m n`
+    G:Tensor,                             # `... m n`, each matrix on its own
     rounds:int=5,                         # of the polynomial
     abc:tuple=(3.4445, -4.7750, 2.0315),  # its coefficients
-)->Tensor:                                # `m n` with the singular vectors of G, and singular values near one
+)->Tensor:                                # `... m n` with the singular vectors of G, and singular values near one
     "Set the singular values of a matrix to about one by products alone, eq. (11.31)."
-    if G.ndim != 2: raise ValueError(f'G has shape {tuple(G.shape)}: expected a matrix')
-    a, b, c = abc
-    X = (G if G.shape[0] <= G.shape[1] else G.T) / G.norm().clamp(min=1e-7)
+    if G.ndim < 2: raise ValueError(f'G has shape {tuple(G.shape)}: expected a matrix, or a stack of them')
+    (a, b, c), tall = abc, G.shape[-2] > G.shape[-1]
+    X = (G.mT if tall else G) / G.flatten(-2).norm(dim=-1).clamp(min=1e-7)[..., None, None]
+    X = X.flatten(0, -3) if X.ndim > 2 else X[None]
     for _ in range(rounds):
-        A = X @ X.T
-        X = a * X + (b * A + c * A @ A) @ X
-    return X if G.shape[0] <= G.shape[1] else X.T
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)   # a X + (b A + c A A) X
+    return (X.mT if tall else X).reshape(G.shape)
+
+# %% ../nbs/11a_dit.ipynb #muon0001
+class Muon(torch.optim.Muon):
+    "Torch's Muon, with all matrices of one shape in one product, eq. (11.32)."
+    def __init__(self, matrices, lr, decay=.01): super().__init__(matrices, lr, decay, adjust_lr_fn='match_rms_adamw')
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for g in self.param_groups:
+            alike = {}
+            for q in g['params']:
+                if q.grad is not None: alike.setdefault(q.shape, []).append(q)
+            for shape, W in alike.items():
+                M, G = [self.state[q].setdefault('momentum_buffer', torch.zeros_like(q)) for q in W], [q.grad for q in W]
+                torch._foreach_lerp_(M, G, 1 - g['momentum'])
+                D = torch.stack(torch._foreach_lerp(G, M, g['momentum']))
+                D = orthogonalised(D.bfloat16() if D.dtype == torch.float32 and bf16_helps() else D).to(D)
+                torch._foreach_mul_(W, 1 - g['lr'] * g['weight_decay'])
+                torch._foreach_add_(W, list(D), alpha=-.2 * g['lr'] * max(shape)**.5)
 
 # %% ../nbs/11a_dit.ipynb #68707257
 class MuonAdamW(torch.optim.Optimizer):
     "Muon for the matrices between hidden tokens, eq. (11.32), AdamW for all else, as one optimizer."
     def __init__(self, matrices, rest, lr, decay=.01): # lists of parameters
-        self.parts = torch.optim.Muon(matrices, lr, decay, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(rest, lr, (.9, .99), weight_decay=0.)
+        self.parts = Muon(matrices, lr, decay), torch.optim.AdamW(rest, lr, (.9, .99), weight_decay=0., fused=True)
 
     @property
     def param_groups(self): return [g for p in self.parts for g in p.param_groups]
@@ -325,7 +346,7 @@ class DitCfg:
     seed:int=0             # seeds weights, batches, times, noise and what is not told
     first:int=0            # first training scene
 
-DIT = {'CPU': DitCfg()}
+DIT = {'CPU': DitCfg(scenes=49_152, steps=2_700)}
 DIT['GPU'] = replace(DIT['CPU'], large=False, d=512, depth=12, heads=8, rope=True, qk_norm=True, scenes=2**20, steps=100_000, batch=512, lr=2e-3, ema=.9999)
 
 def build_dit(
@@ -355,7 +376,8 @@ def retold(
     ids = ids[:, j, :int(lengths.max())].long()
     ids = torch.where(lost[:, None], F.pad(silence.to(ids.device), (0, ids.shape[1] - silence.shape[1])), ids)
     with torch.no_grad(): said = text(ids, lengths)
-    return said.sequence, padding_mask(lengths, ids.shape[1])[:, 0, 0], said.pooled
+    words = F.pad(said.sequence, (0, 0, 0, -ids.shape[1] % 32))              # to 32, 64 ...: on a CPU a softmax over 32 words takes a third of the time of one over 22
+    return words, padding_mask(lengths, words.shape[1])[:, 0, 0], said.pooled
 
 # %% ../nbs/11a_dit.ipynb #d53dd9f0
 @lru_cache(maxsize=1)

@@ -171,7 +171,7 @@ def inherit(
 
 # %% ../nbs/12c_own_pictures.ipynb #fa310faa
 OWN = {'CPU': {'vae': replace(CODEC['SHIPPED'], steps=300, refine=0, batch=16, lr=5e-4), 'clip': replace(CLIP['SHIPPED'], steps=300, batch=64, lr=5e-4, twins=0.),
-               'dit': replace(DIT['CPU'], d=128, steps=1_000), 'text_to_image': replace(T2I['CPU'], steps=1_500)}}
+               'dit': DitCfg(d=128, steps=1_000), 'text_to_image': replace(T2I['CPU'], steps=1_500)}}
 OWN['GPU'] = {'vae': replace(OWN['CPU']['vae'], steps=5_000, batch=64), 'clip': replace(OWN['CPU']['clip'], steps=3_000, batch=512),
               'dit': replace(DIT['GPU'], large=True, steps=50_000), 'text_to_image': replace(T2I['GPU'], steps=50_000)}
 

@@ -380,11 +380,42 @@ def test_parameters_are_shared_out():
 
 def stepped(opts, net, steps, first=0):
     for k in range(first, first + steps):
-        for i, q in enumerate(net.parameters()): q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1_000 * k + i))
+        for i, q in enumerate(net.parameters()): q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1_000 * k + i)).to(q)
         for o in opts: o.step()
 
+def by_singular_values(G):
+    "Five rounds of the polynomial on the singular values themselves."
+    U, s, Vt = torch.linalg.svd(G, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5): s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return U @ torch.diag(s) @ Vt
+
+def test_muon_takes_the_step_of_its_equation():
+    net = small_net().double()
+    matrices, _ = d.inner_matrices(net)
+    opt, W, M = d.Muon(matrices, 3e-3, .1), [q.detach().clone() for q in matrices], [0.] * len(matrices)
+    assert len({q.shape for q in W}) < len(W)                                   # some are stacked
+    for k in range(4):
+        stepped([opt], net, 1, k)
+        for i, q in enumerate(matrices):
+            M[i] = .95 * M[i] + .05 * q.grad
+            W[i] = (1 - 3e-4) * W[i] - .2 * 3e-3 * max(q.shape)**.5 * by_singular_values(.95 * M[i] + .05 * q.grad)
+    for q, w in zip(matrices, W): torch.testing.assert_close(q.detach(), w, rtol=0, atol=1e-10)
+
+@pytest.mark.parametrize('wrong', [dict(longer=1.01), dict(momentum=.9), dict(decay=.2)])
+def test_a_wrong_muon_is_caught(wrong):
+    net = small_net().double()
+    q = d.inner_matrices(net)[0][0]
+    opt, w, m = d.Muon([q], 3e-3, wrong.get('decay', .1)), q.detach().clone(), 0.
+    opt.param_groups[0]['momentum'] = wrong.get('momentum', .95)
+    for k in range(2):
+        stepped([opt], net, 1, k)
+        m = .95 * m + .05 * q.grad
+        w = (1 - 3e-4) * w - wrong.get('longer', 1.) * .2 * 3e-3 * max(q.shape)**.5 * by_singular_values(.95 * m + .05 * q.grad)
+    assert (q.detach() - w).abs().max() > 1e-7
+
 def test_one_optimizer_is_two():
-    a, b = small_net(), small_net()
+    a, b, start = small_net(), small_net(), small_net()
     opt = d.MuonAdamW(*d.inner_matrices(a), 3e-3, .1)
     m, r = d.inner_matrices(b)
     two = torch.optim.Muon(m, 3e-3, .1, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(r, 3e-3, (.9, .99), weight_decay=0.)
@@ -392,7 +423,11 @@ def test_one_optimizer_is_two():
     for k in range(4):
         stepped([opt], a, 1, k); stepped(two, b, 1, k)
         for rate in rates: rate.step()
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    ours = set(map(id, d.inner_matrices(a)[0]))
+    for p, q, s in zip(a.parameters(), b.parameters(), start.parameters()):
+        way, theirs = (p - s).flatten(), (q - s).flatten()                      # torch multiplies matrices in bf16; the rest is the same method
+        if id(p) in ours: assert F.cosine_similarity(way, theirs, 0) > .999 and abs(way.norm() / theirs.norm() - 1) < .01
+        else: torch.testing.assert_close(way, theirs, rtol=1e-4, atol=1e-7)
     opt.zero_grad()
     assert all(q.grad is None for q in a.parameters()) and len(opt.state) == len(list(a.parameters()))
 
@@ -432,8 +467,9 @@ def test_what_is_told_is_what_was_cached(data):
         torch.manual_seed(seed); j = torch.multinomial(torch.tensor(d.SAID), 1).item()
         want = encode(d.the_text(), captions(labels, seeds, *MANNERS[j]))
         torch.manual_seed(seed); sequence, heard, pooled = d.retold(data['ids'][:6], data['lengths'][:6], 0.)
-        agree(pooled, want[2], atol=1e-4); agree(sequence * heard[..., None], want[0], atol=1e-4)
-        assert torch.equal(heard, want[1])
+        n = want[1].shape[1]                                                    # `retold` pads to a multiple of 32
+        agree(pooled, want[2], atol=1e-4); agree((sequence * heard[..., None])[:, :n], want[0], atol=1e-4)
+        assert torch.equal(heard[:, :n], want[1]) and not heard[:, n:].any() and heard.shape[1] % 32 == 0
 
 def test_silence_is_the_empty_caption(data):
     silent = encode(d.the_text(), [''])
