@@ -7,10 +7,11 @@ from scipy import stats
 from torch import nn
 from latentcourse import ablations as a
 from latentcourse.dit import DiT, DiTBlock, encode, large_latents, the_text
-from latentcourse.lib.check import agree
+from latentcourse.lib.check import agree, z_score
 from latentcourse.lib.study import load_study
 from latentcourse.lib.train import TrainingDiverged, seed_all
 from latentcourse.text_to_image import MMDiT
+from latentcourse.vit import patchify, unpatchify
 
 double = torch.float64
 SMALL = a.AblationCfg(d=16, depth=2, heads=2, scenes=64, steps=4, batch=8)
@@ -44,6 +45,7 @@ def test_mistakes_in_the_interval_are_noticed(mistake):
 def test_interval_of_many_at_once_and_what_it_says():
     x, y = torch.randn(2, 4, 3, dtype=double)
     many = torch.stack(a.paired_gap(x, y))
+    agree(a.paired_p(x, y), torch.as_tensor(stats.ttest_rel(x.numpy(), y.numpy(), axis=-1).pvalue), atol=1e-10)
     agree(many[:, 2], torch.stack(a.paired_gap(x[2], y[2])), atol=1e-12)
     assert [a.verdict_on(g) for g in ((1, .1, 2), (0, -1, 1), (-1, -2, -.1))] == ['worse', 'no difference at this size', 'better']
     for bad in ((x[0], y[0, :2]), (x[0, :1], y[0, :1]), (x[0], y[0], 1.)):
@@ -64,13 +66,31 @@ def test_false_alarms_by_counting():
         assert a.false_alarms(m, level) == pytest.approx(some)
     with pytest.raises(ValueError, match='one or more'): a.false_alarms(0)
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=7), st.floats(.001, .5))
+def test_holm_by_its_steps(p, alpha):
+    "Sort, compare with alpha over how many are left, stop at the first that fails."
+    order, called = sorted(range(len(p)), key=lambda i: p[i]), set()
+    for left, i in zip(range(len(p), 0, -1), order):
+        if left * p[i] > alpha: break
+        called.add(i)
+    assert {i for i, v in enumerate(a.holm(torch.tensor(p, dtype=double)).tolist()) if v <= alpha} == called
+
+@pytest.mark.parametrize('mistake', ['bonferroni', 'does not stop', 'unsorted'])
+def test_mistakes_in_holm_are_noticed(mistake):
+    p = torch.tensor([.02, .3, .01, .013], dtype=double)
+    wrong = {'bonferroni': (4 * p).clamp(max=1), 'does not stop': (p * torch.tensor([2, 1, 4, 3])).clamp(max=1), 'unsorted': (p * torch.arange(4, 0, -1)).cummax(0).values}[mistake]
+    with pytest.raises(AssertionError): agree(a.holm(p), wrong, atol=1e-6)
+    for bad in (p[None], p - 1, p[:0]):
+        with pytest.raises(ValueError, match='from 0 to 1'): a.holm(bad)
+
 # ---- one change at a time ---------------------------------------------------------------------------------------------------------
 
-def test_each_variant_changes_one_field():
+def test_each_variant_changes_one_field_and_the_last_both_positions():
     base = asdict(a.AblationCfg())
     for name, change in a.CHANGED.items():
         other = asdict(replace(a.AblationCfg(), **change))
-        assert [k for k in base if base[k] != other[k]] == list(change) and len(change) == (name != 'all parts')
+        assert [k for k in base if base[k] != other[k]] == list(change) and len(change) == {'all parts': 0, 'no places': 2}.get(name, 1)
 
 @pytest.mark.parametrize('width', [(16, 2), (24, 1), (32, 4)])
 @pytest.mark.parametrize('depth', [2, 3, 5])
@@ -88,13 +108,35 @@ def test_open_gates_let_every_branch_in():
     x, e, said = torch.randn(2, 64, 16), torch.randn(2, 16), encode(the_text(), ['a red ball', ''])
     call = lambda block: block(x, e, said[0], said[1][:, None, None], turn=closed.turn, rows=8)
     assert torch.equal(call(closed.blocks[0]), x) and (call(open_.blocks[0]) - x).abs().mean() > .05
-    assert a.gate_sizes(closed).eq(0).all() and agree(a.gate_sizes(open_), 1., atol=1e-6) is not None
+    assert a.gate_figures(closed).eq(0).all() and agree(a.gate_figures(open_), torch.tensor([[1.] * 2, [1.] * 2, [0.] * 2]), atol=1e-6) is not None
     block = open_.blocks[1]
     m = nn.functional.layer_norm(x, (16,), eps=1e-6)
     y = x + block.own(m, turn=open_.turn)
     y = y + block.cross(block.cross_norm(y), block.words(said[0]), said[1][:, None, None])
     agree(call(block), y + block.feed(nn.functional.layer_norm(y, (16,), eps=1e-6)), atol=1e-5)
     with pytest.raises(ValueError, match='shared=False'): a.open_gates(DiT(d=16, depth=1, heads=2, shared=True))
+
+def test_gate_figures_are_signed():
+    net = lively(a.build_ablation(SMALL), .3)
+    rms, mean, negative = a.gate_figures(net)
+    told = net.known(torch.full((16,), .5), a.test_scenes(16)[1][2])
+    for i, block in enumerate(net.blocks):
+        _, _, c, _, _, h = block.modulation(told)
+        gates = torch.cat([c, h]).double()
+        agree(torch.stack([rms[i], mean[i], negative[i]]), torch.stack([gates.square().mean().sqrt(), gates.mean(), (gates < 0).double().mean()]), atol=1e-5)
+    assert 0 < negative.min() and (mean.abs() < rms).all()
+
+def test_without_places_nothing_is_anywhere():
+    "Places exchanged, answers exchanged; not so if they are turned or added."
+    order, said = torch.randperm(64, generator=torch.Generator().manual_seed(0)), encode(the_text(), ['a red ball', ''])
+    xt, t = torch.randn(2, 4, 16, 16), torch.tensor([.3, .6])
+    moved = lambda x: unpatchify(patchify(x, 2)[:, order], 2)
+    for part, blind in (('no places', True), ('turned, not added', False), ('places added, not turned', False)):
+        net = a.build_ablation(replace(SMALL, **a.CHANGED[part]))
+        for name, q in net.named_parameters():
+            if name != 'places': nn.init.normal_(q, std=.3)
+        net.requires_grad_(False)
+        assert torch.allclose(net(moved(xt), t, *said), moved(net(xt, t, *said)), atol=1e-3) == blind, part
 
 def test_places_can_be_left_out():
     net = a.build_ablation(replace(SMALL, places=False))
@@ -149,6 +191,25 @@ def test_shared_optimum_is_where_the_slope_is_zero():
     with pytest.raises(ValueError, match='some weight'): a.shared_optimum(0 * p, steep, best)
     with pytest.raises(ValueError, match='every time'): a.shared_optimum(p[:2], steep, best)
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 9_999), st.integers(2, 6))
+def test_exchange_is_not_above_zero_between_minima(seed, k):
+    "Quadratics: by completed squares. And whatever the losses are, on a list of candidates."
+    g = torch.Generator().manual_seed(seed)
+    p, other = torch.rand(2, k, dtype=double, generator=g).softmax(1)
+    steep, best = torch.rand(k, dtype=double, generator=g) + .1, torch.randn(k, dtype=double, generator=g)
+    x, y = a.shared_optimum(p, steep, best), a.shared_optimum(other, steep, best)
+    agree(a.exchange(p, other, steep * (x - best)**2, steep * (y - best)**2), -((p + other) * steep).sum() * (x - y)**2, atol=1e-9)
+    table = torch.rand(30, k, dtype=double, generator=g)
+    mine, theirs = table[(table @ p).argmin()], table[(table @ other).argmin()]
+    assert a.exchange(p, other, mine, theirs) <= 1e-12
+    agree(a.exchange(p, other, torch.stack([mine, mine]), torch.stack([theirs, mine])), torch.stack([((other - p) * (theirs - mine)).sum(), torch.zeros((), dtype=double)]), atol=1e-12)
+
+def test_exchange_refuses():
+    p = torch.full((3,), 1 / 3)
+    for bad in ((p, p[:2], p, p), (p, p, p, p[None]), (p, p, torch.rand(3, 2), torch.rand(3, 2))):
+        with pytest.raises(ValueError, match='twice'): a.exchange(*bad)
+
 def test_stable_rank():
     D = torch.randn(5, 8, dtype=double)
     Q, R = (torch.linalg.qr(torch.randn(k, k, dtype=double))[0] for k in (5, 8))
@@ -180,7 +241,25 @@ def test_place_logits_are_those_of_the_attention():
     agree(logits[1].softmax(-1), seen[0], atol=1e-5)
     bound = math.sqrt(8) * max((b.own.q_norm.weight.abs().max() * b.own.k_norm.weight.abs().max()).item() for b in net.blocks)
     assert logits.abs().max() <= 1.001 * bound
-    assert a.place_logits(lively(a.build_ablation(replace(SMALL, joint=True))), 2).shape == (1, 2, 2, 64, 64)
+
+def test_place_logits_of_a_joint_block_are_those_of_its_attention():
+    "Against the weights of the joint attention, places among themselves: equal up to a factor for each query."
+    net = lively(a.build_ablation(replace(SMALL, joint=True)), .3)
+    z, said = a.test_scenes(2)
+    x, noise = a.normalised(z, net.mean, net.std), torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    maps = a.inside(net, (x + noise) / 2, torch.full((2,), .5), *said)[0]
+    logits = a.place_logits(net, 2)
+    assert logits.shape == (2, 2, 2, 64, 64)
+    for want, got in zip(maps, logits): agree(got.softmax(-1), want[..., :64, :64] / want[..., :64, :64].sum(-1, keepdim=True), atol=1e-4)
+
+def test_sketches_tell_networks_apart():
+    "In the mean over many signs, squared differences are those of the answers; a network is not apart from itself."
+    nets = [lively(a.build_ablation(replace(SMALL, seed=s)), .3, s) for s in (0, 1)]
+    one, two = (a.answer_sketch(net, 2_000, 2) for net in nets)
+    z, said = a.test_scenes(2)
+    x, noise = a.normalised(z, nets[0].mean, nets[0].std), torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    v, u = (net((x + noise) / 2, torch.full((2,), .5), *said) for net in nets)
+    assert abs(z_score((one - two)**2, (u - v).square().mean().item())) < 5 and torch.equal(one, a.answer_sketch(nets[0], 2_000, 2))
 
 def test_losses_are_of_the_same_noise_for_all():
     net = a.build_ablation(SMALL).eval()
@@ -206,25 +285,27 @@ def test_training_repeats_itself_and_is_watched():
     ends = []
     for _ in range(2):
         net = a.build_ablation(SMALL)
-        done, peaks = a.learn_watched(net, SMALL, large_latents(64))
-        ends.append((done, peaks, net.exit.out.weight.detach().clone()))
-    assert ends[0][0] == 4 and len(ends[0][1]) == 5 and ends[0][:2] == ends[1][:2] and torch.equal(ends[0][2], ends[1][2]) and ends[0][2].abs().max() > 0
+        done, seen = a.learn_watched(net, SMALL, large_latents(64))
+        ends.append((done, seen, net.exit.out.weight.detach().clone()))
+    assert ends[0][0] == 4 and list(seen) == [f'{k} at {i}/4' for i in range(5) for k in ('largest logit', 'gates')] and seen['gates at 0/4'] == 0 < seen['gates at 4/4'] and ends[0][:2] == ends[1][:2] and torch.equal(ends[0][2], ends[1][2]) and ends[0][2].abs().max() > 0
 
 def test_a_training_that_diverges_ends_early(monkeypatch):
     def breaks(model, cfg, data, progress):
         for i in range(2): yield type('R', (), {'i': i})()
         raise TrainingDiverged('step 2')
     monkeypatch.setattr(a, 'learn_dit', breaks)
-    done, peaks = a.learn_watched(a.build_ablation(SMALL), SMALL, {})
-    assert done == 2 and len(peaks) == 5 and peaks[-1] == peaks[2]
+    done, seen = a.learn_watched(a.build_ablation(replace(SMALL, joint=True)), replace(SMALL, joint=True), {})
+    assert done == 2 and list(seen) == [f'largest logit at {i}/4' for i in range(5)] and seen['largest logit at 4/4'] == seen['largest logit at 2/4']
 
 @pytest.mark.parametrize('part', ['all parts', 'joint attention'])
 def test_a_point_measures_finite_numbers(part):
     values = a.ablation_point(0, part, 1e-2, steps=4, scenes=64, n=4)
     assert all(math.isfinite(v) for v in values.values()) and values['steps done'] == 4 and 0 <= values['toy'] <= 1 and 0 <= values['offset share'] <= 1
-    assert ('words at places' in values) == (part == 'joint attention') and values['loss'] == pytest.approx(sum(values[f'loss at {t:.2f}'] for t in a.MIDDLES) / 8)
+    assert ('words at places' in values) == (part == 'joint attention') == ('negative gates of block 0' not in values) and values['loss'] == pytest.approx(sum(values[f'loss at {t:.2f}'] for t in a.MIDDLES) / 8)
 
-def test_the_study_is_complete():
-    rows = load_study(a.ABLATIONS).rows()
-    assert {r['settings']['part'] for r in rows} == set(a.CHANGED) and all(r['seeds'] == [0, 1, 2] for r in rows)
-    assert {(r['settings']['lr'], r['settings'].get('muon', True)) for r in rows if r['settings']['part'] == 'all parts'} == set(itertools.product(a.RATES, (True, False)))
+def test_the_studies_are_complete():
+    "All variants with five seeds, all rates of both optimisers with three or more."
+    rows, more = load_study(a.ABLATIONS).rows(), load_study(a.ABLATION_RATES).rows()
+    assert {r['settings']['part'] for r in rows} == set(a.CHANGED) and all(r['seeds'] == [0, 1, 2, 3, 4] for r in rows) and all(r['seeds'] == [0, 1, 2] for r in more)
+    assert {(r['settings']['lr'], r['settings'].get('muon', True)) for r in rows + more if r['settings']['part'] == 'all parts'} == set(itertools.product(a.RATES, (True, False)))
+    assert all(v == 200 for r in rows + more if 'steps' not in r['settings'] for v in r['values']['steps done'])
