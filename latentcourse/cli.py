@@ -331,7 +331,7 @@ def lab(
         raise typer.Exit(subprocess.call([sys.executable, '-m', 'jupyterlab', *ctx.args], cwd=course_root() / 'nbs'))
 
 # %% ../nbs/cli.ipynb #c027
-OPTIONAL = {'lpips': 'compare the perceptual distance with the published one', 'open_clip_torch': 'compare with published CLIP models',
+OPTIONAL = {'lpips': 'compare the perceptual distance with the published one',
             'nbdev': 'export notebooks (part of the dev extra)', 'pytest': 'run the tests (part of the dev extra)'}
 
 def version_of(
