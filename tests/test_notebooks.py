@@ -16,7 +16,7 @@ def run_page(request, tmp_path_factory):
     asked = list(dict.fromkeys(i.callspec.params['path'] for i in request.session.items if i.fspath == request.fspath and hasattr(i, 'callspec')))
     jobs = 1 if sum(p in CHAPTERS for p in asked) == 1 else min(2, at_a_time())
     with ThreadPoolExecutor(jobs) as pool:
-        def run(path): return execute(path, folder / f'{name_of(path).replace("/", ".")}.ipynb', timeout=300, env={} if jobs == 1 else {'OMP_NUM_THREADS': '1'})
+        def run(path): return execute(path, folder / f'{name_of(path).replace("/", ".")}.ipynb', timeout=300, env={} if jobs == 1 else {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'})
         def result(path):
             if not started: started.update({p: pool.submit(run, p) for p in asked})
             return started[path].result(), jobs * LIMIT

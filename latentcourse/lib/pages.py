@@ -189,7 +189,7 @@ def execute_all(
 )->list[dict]:         # as from `execute`, in the order of `paths`
     "Run notebooks, several at a time; a Ctrl-C ends them all."
     stop = threading.Event()
-    share = {} if jobs == 1 or os.environ.get('OMP_NUM_THREADS') else {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}
+    share = {} if jobs == 1 or os.environ.get('OMP_NUM_THREADS') else dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(max(1, (os.cpu_count() or 1) // jobs)))
     def one(path):
         if stop.is_set(): raise KeyboardInterrupt
         return execute(path, Path(folder) / path.name, timeout, begin(path.stem) if begin else None, {**share, **(env or {})}, stop)
