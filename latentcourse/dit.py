@@ -376,7 +376,7 @@ def retold(
     ids = ids[:, j, :int(lengths.max())].long()
     ids = torch.where(lost[:, None], F.pad(silence.to(ids.device), (0, ids.shape[1] - silence.shape[1])), ids)
     with torch.no_grad(): said = text(ids, lengths)
-    words = F.pad(said.sequence, (0, 0, 0, -ids.shape[1] % 32))              # to 32, 64 ...: on a CPU a softmax over 32 words takes a third of the time of one over 22
+    words = F.pad(said.sequence, (0, 0, 0, -ids.shape[1] % 32))              # to 32, 64 ...: rows that fill whole registers, see below
     return words, padding_mask(lengths, words.shape[1])[:, 0, 0], said.pooled
 
 # %% ../nbs/11a_dit.ipynb #d53dd9f0

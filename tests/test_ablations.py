@@ -45,7 +45,6 @@ def test_mistakes_in_the_interval_are_noticed(mistake):
 def test_interval_of_many_at_once_and_what_it_says():
     x, y = torch.randn(2, 4, 3, dtype=double)
     many = torch.stack(a.paired_gap(x, y))
-    agree(a.paired_p(x, y), torch.as_tensor(stats.ttest_rel(x.numpy(), y.numpy(), axis=-1).pvalue), atol=1e-10)
     agree(many[:, 2], torch.stack(a.paired_gap(x[2], y[2])), atol=1e-12)
     assert [a.verdict_on(g) for g in ((1, .1, 2), (0, -1, 1), (-1, -2, -.1))] == ['worse', 'no difference at this size', 'better']
     for bad in ((x[0], y[0, :2]), (x[0, :1], y[0, :1]), (x[0], y[0], 1.)):
